@@ -1,0 +1,43 @@
+"""A backend: which forms and precisions it takes, how to build an engine's graph files, how to load and run them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from nascompile.records import Precision, Target
+
+
+class Runner(Protocol):
+    """A loaded engine: NumPy in, NumPy out."""
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]: ...
+
+
+class Backend(Protocol):
+    name: str
+    accepts: Literal["onnx", "torch", "hf_folder"]
+    """The form that lowering hands over."""
+    width_multiple: int
+    """Sliced widths are multiples of this."""
+    passes: tuple[str, ...]
+    """Passes of `lowering.PASSES` that this backend wants, beyond those every backend gets."""
+
+    def unavailable(self) -> str:
+        """Why this backend cannot run here; empty if it can."""
+
+    def supports(self, precision: Precision) -> str:
+        """Why a precision cannot be lowered; empty if it can."""
+
+    def versions(self) -> tuple[tuple[str, str], ...]:
+        """(package, version) that decide speed and numbers."""
+
+    def session(self) -> tuple[tuple[str, str], ...]:
+        """Default session settings, sorted; they become part of the target."""
+
+    def build(self, form: Any, target: Target, folder: Path) -> tuple[str, ...]:
+        """Write the graph files into `folder`; their names."""
+
+    def load(self, folder: Path, graphs: tuple[str, ...], target: Target) -> Runner:
+        """A runner with the target's threads and session settings applied."""

@@ -1,0 +1,143 @@
+"""What follows from a family's description for one candidate: kept blocks, slices, operator graph, size; no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from nascompile import plugins, space as spaces
+from nascompile.backends import Backend
+from nascompile.families import Family, Segment
+from nascompile.records import FLOAT32, Candidate, Edge, Gene, Node, Operator, OperatorGraph, Precision, SearchSpace, Target
+
+
+def search_space(
+    family: Family, config: Any, backend: Backend, target: Target, model_digest: str, layer_order: tuple[int, ...] = ()
+) -> SearchSpace:
+    """Architecture genes of the family and a precision gene per quantizable block, as far as the backend supports them."""
+    choices = family.choices(config, backend.width_multiple)
+    layers = {group.gene: group.layer for group in family.groups(config)}
+    count = max(choices.get("depth", (0,)))
+    order = layer_order or tuple(range(count))
+    genes = []
+    if "depth" in choices:
+        genes.append(Gene(name="depth", kind="architecture", choices=choices["depth"]))
+    for name, values in choices.items():
+        if name != "depth":
+            genes.append(Gene(name=name, kind="architecture", choices=values, requires=_requires(choices, order, layers.get(name))))
+    used = {FLOAT32.name: FLOAT32}
+    for segment in family.segments(config):
+        if segment.scheme and not backend.supports(precision := plugins.get("quantization", segment.scheme.replace("-", "_")).precision):
+            used[precision.name] = precision
+            requires = _requires(choices, order, segment.layer)
+            genes.append(
+                Gene(name=precision_gene(segment), kind="precision", choices=(FLOAT32.name, precision.name), requires=requires)
+            )
+    return SearchSpace(
+        family=family.name, model_digest=model_digest, genes=tuple(genes), precisions=tuple(used.values()),
+        targets=(target.id,), layer_order=order,
+    )  # fmt: skip
+
+
+def precision_gene(segment: Segment) -> str:
+    """Name of a block's precision gene."""
+    return f"{segment.name}.precision"
+
+
+def kept(family: Family, config: Any, space: SearchSpace, point: Candidate) -> tuple[Segment, ...]:
+    """The candidate's blocks in execution order."""
+    layers = set(spaces.kept_layers(space, point))
+    return tuple(s for s in family.segments(config) if s.layer is None or s.layer in layers)
+
+
+def values(family: Family, config: Any, space: SearchSpace, point: Candidate) -> dict[str, int]:
+    """Architecture gene ▸ value for every gene; an inactive gene has its largest value, which nothing reads."""
+    full = {gene.name: int(gene.choices[-1]) for gene in space.genes if gene.kind == "architecture"}
+    return full | dict(point.architecture)
+
+
+def slices(family: Family, config: Any, chosen: Mapping[str, int]) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Parameter ▸ ((axis, elements kept from the front), …) for every parameter that a gene slices."""
+    cut: dict[str, dict[int, int]] = {}
+    for group in family.groups(config):
+        for parameter, axis in group.members:
+            cut.setdefault(parameter, {})[axis] = group.unit * chosen[group.gene]
+    return {parameter: tuple(sorted(axes.items())) for parameter, axes in cut.items()}
+
+
+def block_precision(space: SearchSpace, point: Candidate, segment: Segment, target: str) -> Precision:
+    """The precision the candidate gives to a block on one target; FP32 where it has no gene."""
+    genes = dict(dict(point.precision)[target])
+    return space.precision(genes.get(precision_gene(segment), FLOAT32.name))
+
+
+def graph(family: Family, config: Any, space: SearchSpace, point: Candidate, target: Target) -> OperatorGraph:
+    """What the candidate executes on the target, with sizes and MACs; tables, reports and budgets read this."""
+    chosen = values(family, config, space, point)
+    shapes = sliced_shapes(family, config, chosen)
+    genes = {gene.name for gene in space.genes}
+    nodes = []
+    for segment in kept(family, config, space, point):
+        precision = block_precision(space, point, segment, target.id)
+        operator = family.operator(config, segment, chosen, target.workload, precision)
+        own = {g.gene for g in family.groups(config) if any(p in segment.parameters for p, _ in g.members)}
+        nodes.append(
+            Node(
+                name=segment.name, operator=operator, module=segment.module,
+                genes=tuple(sorted((own | {precision_gene(segment)}) & genes)),
+                parameters=sum(math.prod(shapes[p]) for p in segment.parameters),
+                size_bytes=block_bytes(segment, shapes, precision), macs=family.macs(operator),
+            )
+        )  # fmt: skip
+    edges = tuple(Edge(source=i - 1, target=i, shape=_main_shape(nodes[i].operator)) for i in range(len(nodes)))
+    return OperatorGraph(nodes=tuple(nodes), edges=edges)
+
+
+def sliced_shapes(family: Family, config: Any, chosen: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters after slicing (layers that are dropped included)."""
+    shapes = {name: list(shape) for name, shape in family.parameters(config).items()}
+    for parameter, axes in slices(family, config, chosen).items():
+        for axis, count in axes:
+            shapes[parameter][axis] = count
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def block_bytes(segment: Segment, shapes: Mapping[str, tuple[int, ...]], precision: Precision) -> int:
+    """Bytes of a block's weights as stored: quantized ones at their bits plus a float32 scale per channel, the rest float32."""
+    total = 0
+    for parameter in segment.parameters:
+        count = math.prod(shapes[parameter])
+        if parameter in segment.quantizable and precision.weights.kind == "int":
+            total += count * precision.weights.bits // 8 + 4 * shapes[parameter][0]
+        else:
+            total += 4 * count
+    return total
+
+
+def operators(family: Family, config: Any, space: SearchSpace, target: Target) -> tuple[Operator, ...]:
+    """Every different operator that some candidate executes on the target: what a complete table has rows for."""
+    choices = {gene.name: gene.choices for gene in space.genes if gene.kind == "architecture"}
+    top = {name: int(options[-1]) for name, options in choices.items()}
+    found: dict[Operator, None] = {}
+    for segment in family.segments(config):
+        genes = [g.gene for g in family.groups(config) if any(p in segment.parameters for p, _ in g.members) and g.gene in choices]
+        names = next((g.choices for g in space.genes if g.name == precision_gene(segment)), (FLOAT32.name,))
+        combinations: list[dict[str, int]] = [{}]
+        for gene in dict.fromkeys(genes):
+            combinations = [c | {gene: int(v)} for c in combinations for v in choices[gene]]
+        for combination in combinations:
+            for name in names:
+                found[family.operator(config, segment, top | combination, target.workload, space.precision(str(name)))] = None
+    return tuple(found)
+
+
+def _requires(choices: Mapping[str, tuple[int, ...]], order: tuple[int, ...], layer: int | None) -> tuple[tuple[str, int], ...]:
+    if layer is None or "depth" not in choices or order.index(layer) < choices["depth"][0]:
+        return ()
+    return (("depth", order.index(layer) + 1),)
+
+
+def _main_shape(operator: Operator) -> tuple[int, ...]:
+    dims = dict(operator.dims)
+    return tuple(dims[name] for name in ("batch", "sequence", "hidden") if name in dims)

@@ -1,0 +1,28 @@
+"""Precision schemes: a declarative `Precision` and the arithmetic that turns numbers into integers, the same for the
+search's emulation and for the graphs that are built."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from nascompile.records import Precision, Record
+
+
+class ActivationRanges(Record, frozen=True):
+    """Observed ranges of the inputs of quantized products on the calibration split."""
+
+    method: str
+    """`minmax`, `percentile` or `mse`."""
+    sites: tuple[tuple[str, float, float], ...]
+    """(weight parameter, low, high), sorted by parameter; low ≤ 0 ≤ high."""
+
+
+class Scheme(Protocol):
+    name: str
+    precision: Precision
+
+    def quantize_weight(self, weight: Any) -> tuple[Any, Any]:
+        """NumPy (out, in) float32 ▸ (int8 (out, in), float32 scales (out,))."""
+
+    def activation_parameters(self, low: float, high: float) -> tuple[float, int]:
+        """(scale, zero point) for a range; error: half a scale inside the range."""

@@ -1,0 +1,246 @@
+"""The weight-sharing network: elastic forward, emulated quantization, importance order, extraction; shared by the stages."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nascompile import network, plugins, space as spaces
+from nascompile.families import Family, Linear
+from nascompile.quantization import ActivationRanges
+from nascompile.records import Candidate, SearchSpace
+
+Batch = tuple[Mapping[str, torch.Tensor], torch.Tensor]
+SAMPLES_PER_SITE = 1 << 16
+"""Values kept per activation site for clipping decisions; minimum and maximum are exact."""
+
+
+@dataclass(frozen=True)
+class Subnet:
+    """A candidate's architecture, resolved: which layers run and how much of each gene's axis they use."""
+
+    layers: tuple[int, ...]
+    values: Mapping[str, int]
+
+
+def resolve(family: Family, config: Any, space: SearchSpace, point: Candidate) -> Subnet:
+    """Layers and gene values of a candidate."""
+    return Subnet(spaces.kept_layers(space, point), network.values(family, config, space, point))
+
+
+def plain(name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Float arithmetic: a product, or a look-up where x holds indices."""
+    return F.linear(x, weight, bias) if x.is_floating_point() else F.embedding(x, weight)
+
+
+class Supernet(nn.Module):
+    """The largest network, run as any of its sub-networks; which one is an argument of every call."""
+
+    def __init__(self, family: Family, model: nn.Module) -> None:
+        super().__init__()
+        self.family, self.model = family, model
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    def forward(self, inputs: Mapping[str, torch.Tensor], subnet: Subnet, linear: Linear = plain) -> torch.Tensor:
+        """Logits (batch, labels)."""
+        logits: torch.Tensor = self.family.forward(self.model, inputs, subnet.layers, subnet.values, linear)
+        return logits
+
+
+# ---------------------------------------------------------------------------------------------- emulated quantization
+
+
+class Observer:
+    """A `Linear` that computes in float and remembers the inputs of the given products."""
+
+    def __init__(self, sites: Iterable[str]) -> None:
+        self.sites = frozenset(sites)
+        self.low: dict[str, float] = {}
+        self.high: dict[str, float] = {}
+        self.samples: dict[str, list[torch.Tensor]] = {}
+
+    def __call__(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if name in self.sites:
+            low, high = (float(v) for v in torch.aminmax(x))
+            self.low[name] = min(low, self.low.get(name, 0.0))
+            self.high[name] = max(high, self.high.get(name, 0.0))
+            flat = x.detach().flatten()
+            self.samples.setdefault(name, []).append(flat[:: max(1, flat.numel() // 4096)].clone())
+        return plain(name, x, weight, bias)
+
+    def ranges(self, method: str) -> ActivationRanges:
+        """Ranges by `minmax`, `percentile` (99.99 % of the values kept on each side) or `mse` (least squared error)."""
+        found = []
+        for name in sorted(self.low):
+            values = torch.cat(self.samples[name])[:SAMPLES_PER_SITE].numpy()
+            found.append((name, *_clip(method, values, self.low[name], self.high[name])))
+        return ActivationRanges(method=method, sites=tuple(found))
+
+
+def _clip(method: str, values: np.ndarray[Any, Any], low: float, high: float) -> tuple[float, float]:
+    if method == "minmax":
+        return low, high
+    if method == "percentile":
+        return min(0.0, float(np.quantile(values, 1e-4))), max(0.0, float(np.quantile(values, 1 - 1e-4)))
+    scheme = plugins.get("quantization", "int8")
+    best, least = (low, high), np.inf
+    for share in np.linspace(1.0, 0.3, 29):
+        scale, zero = scheme.activation_parameters(low * share, high * share)
+        steps = np.clip(np.rint(values / scale) + zero, 0, 255) - zero
+        error = float(np.square(steps * scale - values).mean())
+        if error < least:
+            best, least = (low * float(share), high * float(share)), error
+    return best
+
+
+class FakeQuantizer:
+    """A `Linear` with the arithmetic of the built engine: inputs on their calibrated grid, weights on theirs, float sums."""
+
+    def __init__(self, schemes: Mapping[str, str], ranges: ActivationRanges | None) -> None:
+        self.schemes = {name: plugins.get("quantization", scheme.replace("-", "_")) for name, scheme in schemes.items()}
+        self.ranges = {name: (low, high) for name, low, high in ranges.sites} if ranges else {}
+        self._weights: dict[str, torch.Tensor] = {}
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if name not in self.schemes:
+            return plain(name, x, weight, bias)
+        if name not in self._weights:
+            integers, scale = self.schemes[name].quantize_weight(weight.detach().numpy())
+            self._weights[name] = torch.from_numpy(integers * scale[:, None])
+        if x.is_floating_point() and self.schemes[name].precision.activations.kind == "int":
+            x = self._activation(name, x)
+        return plain(name, x, self._weights[name], bias)
+
+    def _activation(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        if self._last is None or self._last[0] is not x:  # query, key and value read one tensor
+            scale, zero = self.schemes[name].activation_parameters(*self.ranges[name])
+            self._last = (x, torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255))
+        return self._last[1]
+
+
+def quantized_weights(family: Family, config: Any, space: SearchSpace, point: Candidate, target: str) -> dict[str, str]:
+    """Weight parameter ▸ scheme name for everything the candidate quantizes on the target."""
+    found = {}
+    for segment in network.kept(family, config, space, point):
+        precision = network.block_precision(space, point, segment, target)
+        if precision.weights.kind == "int":
+            found.update(dict.fromkeys(segment.quantizable, precision.name))
+    return found
+
+
+@torch.no_grad()
+def calibrate(net: Supernet, space: SearchSpace, point: Candidate, target: str, batches: Iterable[Batch], method: str) -> ActivationRanges:
+    """Input ranges of the candidate's quantized products over calibration batches, from its float sub-network."""
+    observer = Observer(
+        name
+        for name, scheme in quantized_weights(net.family, net.config, space, point, target).items()
+        if space.precision(scheme).activations.kind == "int"
+    )
+    subnet = resolve(net.family, net.config, space, point)
+    net.eval()
+    if observer.sites:
+        for inputs, _ in batches:
+            net(inputs, subnet, observer)
+    return observer.ranges(method)
+
+
+@torch.no_grad()
+def emulate(
+    net: Supernet, space: SearchSpace, point: Candidate, target: str, batches: Iterable[Batch], ranges: ActivationRanges | None
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Logits (n, labels) and labels (n,) of the candidate as its engine would compute them."""
+    linear = FakeQuantizer(quantized_weights(net.family, net.config, space, point, target), ranges)
+    subnet = resolve(net.family, net.config, space, point)
+    net.eval()
+    rows = [(net(inputs, subnet, linear).numpy(), labels.numpy()) for inputs, labels in batches]
+    return np.concatenate([r[0] for r in rows]), np.concatenate([r[1] for r in rows])
+
+
+# ---------------------------------------------------------------------------------------------- importance
+
+
+def importance(net: Supernet, batches: Iterable[Batch], loss: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """Group gene ▸ score per unit: |Σ weight · gradient| of the unit, mean over batches (first-order Taylor, Molchanov et al. 2019)."""
+    family, full = net.family, largest_subnet(net)
+    parameters = dict(net.model.named_parameters())
+    scores = {group.gene: np.zeros(group.count) for group in family.groups(net.config)}
+    net.eval()
+    for inputs, labels in batches:
+        net.zero_grad(set_to_none=True)
+        loss(net(inputs, full), labels).backward()
+        for group in family.groups(net.config):
+            total = torch.zeros(group.count, device=labels.device)
+            for name, axis in group.members:
+                parameter = parameters[name]
+                if parameter.grad is not None:
+                    change = (parameter.detach() * parameter.grad).movedim(axis, 0).reshape(group.count, -1)
+                    total += change.sum(dim=1)
+            scores[group.gene] += total.abs().cpu().numpy()
+    net.zero_grad(set_to_none=True)
+    return scores
+
+
+@torch.no_grad()
+def reorder(net: Supernet, scores: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Sort every group's units by falling score, in place; the network's function does not change."""
+    parameters = dict(net.model.named_parameters())
+    for group in net.family.groups(net.config):
+        order = torch.from_numpy(np.argsort(-scores[group.gene], kind="stable"))
+        index = (order[:, None] * group.unit + torch.arange(group.unit)).flatten()
+        for name, axis in group.members:
+            parameters[name].copy_(parameters[name].index_select(axis, index.to(parameters[name].device)))
+
+
+@torch.no_grad()
+def layer_order(net: Supernet, batches: list[Batch], loss: Any, keep: int) -> tuple[int, ...]:
+    """Layers by importance: from the full network, the layer whose removal costs least loss goes last, down to `keep`."""
+    full = largest_subnet(net)
+    left, removed = list(full.layers), []
+    net.eval()
+    while len(left) > max(keep, 1):
+        costs = []
+        for layer in left:
+            subnet = Subnet(tuple(i for i in left if i != layer), full.values)
+            costs.append((sum(float(loss(net(inputs, subnet), labels)) for inputs, labels in batches), layer))
+        removed.append(min(costs)[1])
+        left.remove(removed[-1])
+    return (*left, *reversed(removed))
+
+
+def largest_subnet(net: Supernet) -> Subnet:
+    """Every layer, every unit."""
+    groups = net.family.groups(net.config)
+    depth = max(net.family.choices(net.config, 1)["depth"])
+    return Subnet(tuple(range(depth)), {group.gene: group.count for group in groups} | {"depth": depth})
+
+
+# ---------------------------------------------------------------------------------------------- extraction
+
+
+@torch.no_grad()
+def extract(model: nn.Module, family: Family, config: Any, space: SearchSpace, point: Candidate) -> nn.Module:
+    """The candidate as a Hugging Face module of its own: sliced linears, dropped layers; equal to the masked super-network."""
+    subnet = resolve(family, config, space, point)
+    small = copy.deepcopy(model)
+    for name, axes in network.slices(family, config, subnet.values).items():
+        path, _, kind = name.rpartition(".")
+        module = small.get_submodule(path)
+        weight = getattr(module, kind).detach()
+        for axis, count in axes:
+            weight = weight.narrow(axis, 0, count)
+        setattr(module, kind, nn.Parameter(weight.clone()))
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+    family.shrink(small, subnet.layers, subnet.values)
+    return small.eval()
