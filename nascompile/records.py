@@ -198,7 +198,7 @@ class Gene(Record, frozen=True):
 
     name: str
     kind: Literal["architecture", "precision"]
-    choices: tuple[int, ...] | tuple[str, ...]
+    choices: tuple[int | str, ...]
     """Integers in ascending order, or names of the space's precisions, cheapest storage last."""
     requires: tuple[tuple[str, int], ...] = ()
 
@@ -279,17 +279,25 @@ class Residual(Record, frozen=True):
 
 
 class LatencyTable(Record, frozen=True):
-    """Operators of one space timed on one target. Never edited: a correction is another record."""
+    """Operators of one space timed on one target. Never edited: a correction is another record.
+
+    predicted = scale · (call + Σ rows); measured lies in predicted · (1 ± relative_error) nine times in ten.
+    """
 
     target: Target
     environment: Environment
     rows: tuple[TableRow, ...]
+    call: Quantity | None = None
+    """Milliseconds that one call of the runtime takes whatever the network; counted once."""
+    calibration: tuple[Residual, ...] = ()
+    """Whole networks that fitted `scale`; their predictions have scale 1."""
     validation: tuple[Residual, ...] = ()
-    """Whole networks that were timed after the rows, and give the interval."""
+    """Other whole networks, timed after the rows, that give the interval; their predictions include the scale."""
     scale: float = 1.0
-    """Calibration: predicted = scale · Σ rows, fitted on calibration networks."""
     relative_error: float = 0.0
     """Half width of the 90 % interval, as a fraction, from the validation networks."""
+    drift: float = 0.0
+    """Largest relative change of the reference kernel between the windows in which the table was filled."""
     seconds: float = 0.0
 
 

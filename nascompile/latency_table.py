@@ -1,0 +1,247 @@
+"""A table of timed operators: predicts networks with an interval, says what it lacks, refuses to speak for another machine."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nascompile import places, records
+from nascompile.errors import RecordError, TableError
+from nascompile.records import Environment, Interval, LatencyTable, Operator, OperatorGraph, Quantity, Residual, TableRow, Target, Workload
+
+LEVEL = 0.9
+FLOOR = 0.01
+"""No interval is narrower than ± this fraction: the same engine timed twice differs by that much."""
+_T95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
+"""95 % points of Student's t for 1 to 10 degrees of freedom."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A stored table for a target and environment, and which of the wanted operators it lacks."""
+
+    path: Path
+    table: LatencyTable
+    missing: tuple[Operator, ...]
+
+
+@dataclass(frozen=True)
+class RowDifference:
+    """One operator in two tables, in ms; None where a table has no such row."""
+
+    operator: Operator
+    a: float | None
+    b: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        """b / a."""
+        return None if self.a is None or self.b is None else self.b / self.a
+
+
+# ---------------------------------------------------------------------------------------------- prediction
+
+
+def predict(table: LatencyTable, graph: OperatorGraph) -> Interval:
+    """Latency in ms with a 90 % interval; TableError naming the operators that have no row."""
+    known = {row.operator: row.latency.value for row in table.rows}
+    if lacking := missing(table, (node.operator for node in graph.nodes)):
+        raise TableError(
+            f"the latency table of {table.target.id} lacks {len(lacking)} of the network's operators",
+            detail="\n".join(operator.label for operator in lacking),
+            hint=f"`nascompile profile --device {table.target.device} --backend {table.target.backend}` with the same model adds them",
+        )
+    call = table.call.value if table.call else 0.0
+    value = table.scale * (call + sum(known[node.operator] for node in graph.nodes))
+    low, high = max(0.0, value * (1 - table.relative_error)), value * (1 + table.relative_error)
+    return Interval(value=value, low=low, high=high, unit="ms", level=LEVEL)
+
+
+def missing(table: LatencyTable | None, operators: Iterable[Operator]) -> tuple[Operator, ...]:
+    """Operators without a row, each once, in the order given."""
+    known = {row.operator for row in table.rows} if table else set()
+    return tuple(operator for operator in dict.fromkeys(operators) if operator not in known)
+
+
+def fit_scale(residuals: Sequence[Residual]) -> float:
+    """Median of measured / predicted, or 1 where that does not predict left-out networks better than 1 does."""
+    ratios = [r.measured.value / r.predicted_ms for r in residuals]
+    if len(ratios) < 3:
+        return 1.0
+    left_out = [abs(ratio / _median(ratios[:i] + ratios[i + 1 :]) - 1) for i, ratio in enumerate(ratios)]
+    return _median(ratios) if sum(left_out) < sum(abs(ratio - 1) for ratio in ratios) else 1.0
+
+
+def interval_half_width(residuals: Sequence[Residual]) -> float:
+    """Half width, as a fraction, of the 90 % prediction interval around a table's prediction; infinite without networks.
+
+    Errors are taken as centred on zero, so their root mean square has as many degrees of freedom as there are networks, and
+    Student's t widens it for a small number of them.
+    """
+    if not residuals:
+        return float("inf")
+    errors = [r.measured.value / r.predicted_ms - 1 for r in residuals]
+    spread = math.sqrt(sum(e * e for e in errors) / len(errors))
+    return max(FLOOR, _t95(len(errors)) * spread)
+
+
+# ---------------------------------------------------------------------------------------------- whose table it is
+
+
+def lowering_digest() -> str:
+    """Hash of our own code that decides what the backend is given: lowering, passes, quantization."""
+    package = Path(__file__).resolve().parent
+    files = [package / "lowering.py", *sorted((package / "passes").glob("*.py")), *sorted((package / "quantization").glob("*.py"))]
+    sha = hashlib.sha256()
+    for path in files:
+        if path.exists():
+            sha.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return sha.hexdigest()[:16]
+
+
+def differences(a: Environment, b: Environment) -> tuple[tuple[str, Any, Any], ...]:
+    """(field, value in a, value in b) for every field that must match and does not; an absent field is None."""
+    left, right = dict(a.must_match), dict(b.must_match)
+    return tuple((name, left.get(name), right.get(name)) for name in {**left, **right} if left.get(name) != right.get(name))
+
+
+def check_environment(table: LatencyTable, environment: Environment, allow_foreign: bool = False) -> None:
+    """TableError listing every field that must match and does not, unless foreign tables are allowed."""
+    differ = differences(table.environment, environment)
+    if differ and not allow_foreign:
+        raise TableError(
+            f"the latency table was made elsewhere: it belongs to {table.target.device} with other "
+            + ", ".join(name for name, _, _ in differ),
+            detail="\n".join(f"{name}: table has {there}, here it is {here}" for name, there, here in differ),
+            hint=f"`nascompile profile --device {table.target.device} --backend {table.target.backend}` makes one for this environment",
+        )
+
+
+# ---------------------------------------------------------------------------------------------- where tables live
+
+
+def path_for(folder: Path, table: LatencyTable) -> Path:
+    """`<folder>/<device>/<backend>-<workload>-t<threads>-<digest>.json`; the digest is of the whole table, so none is overwritten."""
+    target = table.target
+    name = f"{target.backend}-{workload_label(target.workload)}-t{target.threads}-{records.digest(table)[:8]}.json"
+    return folder / target.device / name
+
+
+def workload_label(workload: Workload) -> str:
+    """Short and fit for a file name: `forward-b1-s50-28x28`."""
+    parts = [workload.phase, f"b{workload.batch}"]
+    parts += [f"{letter}{n}" for letter, n in (("s", workload.sequence), ("c", workload.context), ("g", workload.generated)) if n]
+    if any(workload.resolution):
+        parts.append("x".join(map(str, workload.resolution)))
+    return "-".join(parts if workload.scenario == "single-stream" else [*parts, workload.scenario])
+
+
+def find(target: Target, environment: Environment, operators: Sequence[Operator], explicit: Path | None = None) -> Found | None:
+    """The stored table of this target and environment that lacks fewest operators; ties: best folder, then smallest error.
+
+    `explicit` may be a folder, looked at before the others, or one table file: then only that is considered, and TableError
+    says why it cannot be used. Damaged files and tables of other machines in the folders are passed over.
+    """
+    if explicit is not None and explicit.is_file():
+        table = records.load(explicit, LatencyTable)
+        if table.target != target:
+            raise TableError(
+                f"{explicit} was made for another target: {table.target.id}", detail=_target_differences(table.target, target),
+                hint="ask for that target, or leave the file out and let `nascompile profile` make a table",
+            )  # fmt: skip
+        check_environment(table, environment)
+        return Found(explicit, table, missing(table, operators))
+    found: list[tuple[tuple[int, int, float, str], Found]] = []
+    for rank, folder in enumerate(places.folders(places.TABLES, explicit)):
+        for path in sorted((folder / target.device).glob(f"{target.backend}-*.json")):
+            try:
+                table = records.load(path, LatencyTable)
+            except RecordError:
+                continue
+            if table.target == target and not differences(table.environment, environment):
+                lacking = missing(table, operators)
+                found.append(((len(lacking), rank, table.relative_error, path.name), Found(path, table, lacking)))
+    return min(found, key=lambda item: item[0])[1] if found else None
+
+
+def store(table: LatencyTable, explicit: Path | None = None) -> Path:
+    """Save a new table in the first writable folder; its path."""
+    path = path_for(places.writable(places.TABLES, explicit), table)
+    records.save(table, path)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------- two tables
+
+
+def merge(a: LatencyTable, b: LatencyTable) -> LatencyTable:
+    """A new table with the rows of both, the quieter one where both have it; TableError unless target and environment agree.
+
+    Each table's scale is multiplied into its rows, so the new scale is 1; the interval is the wider of the two.
+    """
+    if a.target != b.target:
+        message = f"tables of two targets cannot be merged: {a.target.id} and {b.target.id}"
+        raise TableError(message, detail=_target_differences(a.target, b.target), hint="`nascompile table diff` compares them")
+    check_environment(b, a.environment)
+    rows: dict[Operator, TableRow] = {}
+    for table in (a, b):
+        for row in table.rows:
+            scaled = TableRow(operator=row.operator, latency=rescaled(row.latency, table.scale), noisy=row.noisy)
+            held = rows.get(row.operator)
+            if held is None or noise(scaled.latency) < noise(held.latency):
+                rows[row.operator] = scaled
+    calls = [rescaled(table.call, table.scale) for table in (a, b) if table.call]
+    return LatencyTable(
+        target=a.target, environment=a.environment, rows=tuple(rows.values()), call=min(calls, key=noise, default=None),
+        validation=(*a.validation, *b.validation), relative_error=max(a.relative_error, b.relative_error),
+        drift=max(a.drift, b.drift), seconds=a.seconds + b.seconds,
+    )  # fmt: skip
+
+
+def diff(a: LatencyTable, b: LatencyTable) -> tuple[RowDifference, ...]:
+    """Every operator of either table, those of `a` first, scales included."""
+    left, right = ({row.operator: row.latency.value * t.scale for row in t.rows} for t in (a, b))
+    return tuple(RowDifference(operator, left.get(operator), right.get(operator)) for operator in {**left, **right})
+
+
+def noise(latency: Quantity) -> float:
+    """How far the median lies above the tenth percentile, as a fraction: what other users of the machine added."""
+    try:
+        low, middle = latency.quantile(0.1), latency.quantile(0.5)
+    except KeyError:
+        return float("inf")
+    return middle / low - 1 if low > 0 else float("inf")
+
+
+def rescaled(latency: Quantity, factor: float, less: float = 0.0) -> Quantity:
+    """(latency − less) · factor, never below 0, quantiles alike."""
+    def change(value: float) -> float:
+        return max(0.0, value - less) * factor
+
+    return Quantity(
+        value=change(latency.value), unit=latency.unit, kind=latency.kind, n=latency.n,
+        quantiles=tuple((level, change(value)) for level, value in latency.quantiles),
+    )  # fmt: skip
+
+
+def _target_differences(a: Target, b: Target) -> str:
+    names = [name for name in a.__struct_fields__ if getattr(a, name) != getattr(b, name)]
+    return "\n".join(f"{name}: {getattr(a, name)} and {getattr(b, name)}" for name in names)
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def _t95(freedom: int) -> float:
+    """95 % point of Student's t: from the table, or by the Cornish–Fisher expansion of the normal one (Abramowitz & Stegun 26.7.5)."""
+    if freedom <= len(_T95):
+        return _T95[freedom - 1]
+    z = 1.6448536
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)

@@ -1,0 +1,51 @@
+"""Which points are worth having, and how much of the objective space they win; every objective is minimized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether `a` is nowhere worse than `b` and somewhere better; equal points do not dominate each other."""
+    return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
+
+
+def front(points: Any) -> tuple[int, ...]:
+    """Points (n, objectives) ▸ indices, ascending, of those that no other dominates.
+
+    Copies of such a point are all kept; a point with a NaN is never on a front.
+    """
+    values = np.asarray(points, dtype=np.float64)
+    if values.size == 0:
+        return ()
+    kept = []
+    for i, point in enumerate(values):
+        no_worse, better = (values <= point).all(axis=1), (values < point).any(axis=1)
+        if not np.isnan(point).any() and not (no_worse & better).any():
+            kept.append(i)
+    return tuple(kept)
+
+
+def hypervolume(points: Any, reference: Sequence[float]) -> float:
+    """Volume that the points dominate below `reference`; 0 for none. Points beyond it in any objective win nothing."""
+    corner = np.asarray(reference, dtype=np.float64)
+    values = np.asarray(points, dtype=np.float64).reshape(-1, len(corner))
+    inside: Any = values[(values < corner).all(axis=1)]
+    return _volume(inside[list(front(inside))], corner) if len(inside) else 0.0
+
+
+def _volume(points: Any, corner: Any) -> float:
+    """Slices along the last objective: between two consecutive values, the volume of the points already passed in one dimension less."""
+    if len(corner) == 1:
+        return float(corner[0] - points.min())
+    points = points[np.argsort(points[:, -1], kind="stable")]
+    edges = np.append(points[:, -1], corner[-1])
+    total = 0.0
+    for i in range(len(points)):
+        if edges[i + 1] > edges[i]:
+            passed = points[: i + 1, :-1]
+            total += float(edges[i + 1] - edges[i]) * _volume(passed[list(front(passed))], corner[:-1])
+    return total

@@ -1,0 +1,162 @@
+"""Devices by name: their profiles, what can run here and why the rest cannot, and the target that a run is for."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from nascompile import places, plugins
+from nascompile.devices import Device
+from nascompile.errors import NascompileError, RecipeError, UnsupportedError
+from nascompile.records import Record, Target, Workload, write_atomic
+
+LOCAL = "cpu"
+"""The device that needs no profile: this machine."""
+SIMULATED = "fake"
+
+
+class DeviceProfile(Record, frozen=True):
+    """`profiles/<name>.toml`, written by a person: what a device is; nothing measured."""
+
+    kind: str
+    """Plug-in of `devices/` that times on it."""
+    backends: tuple[str, ...]
+    """Backends that can build for it, the default first."""
+    threads: int = 1
+    """Threads of a session unless a run says otherwise. One is the default: it repeats best, and one process per core serves most."""
+    ram_bytes: int = 0
+    """0 where memory is no limit."""
+    flash_bytes: int = 0
+    clock_mhz: float = 0.0
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class KnownDevice:
+    """A line of `nascompile devices`."""
+
+    name: str
+    kind: str
+    backends: tuple[str, ...]
+    runs_here: bool
+    reason: str
+    """What it is where it runs; why not where it does not."""
+
+
+def make(
+    device: str, backend: str, workload: Workload, threads: int = 0, session: Mapping[str, str] | None = None, profiles: Path | None = None
+) -> Target:
+    """The target of a run; empty `backend` and zero `threads` mean the profile's. Unknown or unfit names are refused."""
+    profile = load_profile(device, profiles)
+    if not profile.backends:
+        raise UnsupportedError(f"no backend is installed that builds for {device}", hint="pip install 'nascompile[cpu]'")
+    chosen = backend or profile.backends[0]
+    if chosen not in profile.backends:
+        raise UnsupportedError(f"`{device}` has no backend named {chosen}", hint=f"its backends: {', '.join(profile.backends)}")
+    if threads < 0:
+        raise RecipeError(f"threads must be at least 1: {threads}", hint="leave it out for the device's default")
+    settings = dict(plugins.get("backends", chosen).session()) | dict(session or {})
+    ordered = tuple(sorted(settings.items()))
+    return Target(device=device, backend=chosen, workload=workload, threads=threads or profile.threads, session=ordered)
+
+
+def device(name: str, profiles: Path | None = None) -> Device:
+    """The plug-in that times on a device; UnsupportedError if it cannot from here."""
+    found: Device = plugins.get("devices", load_profile(name, profiles).kind)
+    if reason := found.unavailable():
+        raise UnsupportedError(f"`{name}` cannot run here: {reason}", hint="`nascompile devices` says what can")
+    return found
+
+
+def load_profile(name: str, profiles: Path | None = None) -> DeviceProfile:
+    """The profile of a device; UnsupportedError naming the known ones, RecipeError for a file that is not a profile."""
+    path = _files(profiles).get(name)
+    if path is not None:
+        return _read(path)
+    if name == LOCAL:
+        return DeviceProfile(kind=LOCAL, backends=_local_backends(), description="this machine")
+    raise UnsupportedError(
+        f"unknown device: {name}", hint=f"known here: {', '.join(names(profiles))}; `nascompile devices --init {name}` writes a profile"
+    )
+
+
+def names(profiles: Path | None = None) -> tuple[str, ...]:
+    """Known device names, sorted, this machine first."""
+    return (LOCAL, *sorted(set(_files(profiles)) - {LOCAL}))
+
+
+def known(profiles: Path | None = None) -> tuple[KnownDevice, ...]:
+    """Every known device; a profile that cannot be read is listed with the reason."""
+    return tuple(_describe(name, profiles) for name in names(profiles))
+
+
+def init_profile(name: str, profiles: Path | None = None) -> Path:
+    """Write a profile of this machine under a name of its own; RecipeError if the name is taken or unfit for a file."""
+    if not name or not name.replace("-", "").replace("_", "").isalnum():
+        raise RecipeError(f"not a device name: {name!r}", hint="letters, digits, - and _")
+    path = places.writable(places.PROFILES, profiles) / f"{name}.toml"
+    if name in names(profiles) or path.exists():
+        raise RecipeError(f"there is already a device named {name}", hint="choose another name, or edit its profile")
+    local = load_profile(LOCAL, profiles)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    lines = [
+        f"# {plugins.get('devices', LOCAL).describe()}",
+        f'kind = "{LOCAL}"',
+        f"backends = [{', '.join(f'{chr(34)}{backend}{chr(34)}' for backend in local.backends)}]",
+        f"threads = {local.threads}",
+        f"# a limit, if there is one; this machine has {memory:,} bytes",
+        "ram_bytes = 0",
+    ]
+    write_atomic(path, ("\n".join(lines) + "\n").encode())
+    return path
+
+
+def _files(profiles: Path | None) -> dict[str, Path]:
+    """Name ▸ file, the first folder of the look-up order winning."""
+    found: dict[str, Path] = {}
+    for folder in places.folders(places.PROFILES, profiles):
+        for path in sorted(folder.glob("*.toml")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def _read(path: Path) -> DeviceProfile:
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), DeviceProfile)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
+        raise RecipeError(
+            f"not a device profile: {path}", detail=str(error), hint=f"entries: {', '.join(DeviceProfile.__struct_fields__)}"
+        ) from error
+
+
+def _local_backends() -> tuple[str, ...]:
+    """Backends that run on this processor, those installed first."""
+    fitting = [name for name in plugins.names("backends") if LOCAL in getattr(plugins.get("backends", name), "devices", (LOCAL,))]
+    fitting = [name for name in fitting if name != SIMULATED]
+    return tuple(sorted(fitting, key=lambda name: (bool(plugins.get("backends", name).unavailable()), name)))
+
+
+def _describe(name: str, profiles: Path | None) -> KnownDevice:
+    try:
+        profile = load_profile(name, profiles)
+        plugin: Device = plugins.get("devices", profile.kind)
+        reason = plugin.unavailable() or _backend_reason(profile)
+    except NascompileError as error:
+        return KnownDevice(name, "?", (), False, error.message)
+    return KnownDevice(name, profile.kind, profile.backends, not reason, reason or plugin.describe())
+
+
+def _backend_reason(profile: DeviceProfile) -> str:
+    """Why none of the profile's backends can run here; empty if one can."""
+    reasons = []
+    for name in profile.backends:
+        reason = plugins.get("backends", name).unavailable() if name in plugins.names("backends") else "not installed"
+        if not reason:
+            return ""
+        reasons.append(f"{name}: {reason}")
+    return "; ".join(reasons) or "no backend builds for it"
