@@ -1,0 +1,118 @@
+"""ONNX Runtime on the CPU: ONNX graphs with its own attention and integer products, settings found by measurement."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from nascompile.backends import Runner
+from nascompile.errors import DataError, RecordError, UnsupportedError
+from nascompile.records import FLOAT32, INT8, WEIGHT_INT8, Precision, Target
+
+PROTOBUF_LIMIT = 2**31 - 2**20
+"""Bytes a single ONNX file can have, with room for its header."""
+SLOWER = ("BiasGeluFusion", "MatMulAddFusion", "SkipLayerNormFusion")
+"""Fusions whose CPU kernels lose against what they replace (6-layer BERT 384/1536 in INT8: 3.77 ms with them, 2.86 ms without);
+MatMulAddFusion also makes QDQ products dequantize their weights at every run."""
+LEVELS = {"disabled": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL"}
+
+
+class OnnxRuntime:
+    name = "onnxruntime"
+    accepts: Literal["onnx", "torch", "hf_folder"] = "onnx"
+    width_multiple = 32
+    """MLAS multiplies tiles of 16 (AVX2, VNNI) or 32 (AVX-512 float) columns and groups of 4 rows: multiples of 32 leave none partial."""
+    passes = ("fuse_attention", "fuse_integer_matmul")
+
+    def unavailable(self) -> str:
+        """Why this backend cannot run here; empty if it can."""
+        if importlib.util.find_spec("onnxruntime") is None:
+            return "onnxruntime is not installed: pip install 'nascompile[cpu]'"
+        return ""
+
+    def supports(self, precision: Precision) -> str:
+        """FP32, static INT8 (U8S8) and INT8 tables."""
+        known = (FLOAT32, INT8, WEIGHT_INT8)
+        return "" if precision in known else f"onnxruntime is lowered to with {', '.join(p.name for p in known)} only"
+
+    def versions(self) -> tuple[tuple[str, str], ...]:
+        return (("onnxruntime", _version("onnxruntime")),)
+
+    def session(self) -> tuple[tuple[str, str], ...]:
+        return (("allow_spinning", "1"), ("disabled_optimizers", ",".join(SLOWER)), ("graph_optimization_level", "all"))
+
+    def build(self, form: Any, target: Target, folder: Path) -> tuple[str, ...]:
+        """Write `model.onnx`; weights go to `model.onnx.data` only where one file cannot hold them."""
+        import onnx
+
+        path = folder / "model.onnx"
+        large = form.ByteSize() > PROTOBUF_LIMIT
+        onnx.save(form, path, save_as_external_data=large, location=f"{path.name}.data")
+        return (path.name, f"{path.name}.data") if large else (path.name,)
+
+    def load(self, folder: Path, graphs: tuple[str, ...], target: Target) -> Runner:
+        if reason := self.unavailable():
+            raise UnsupportedError(f"cannot load an engine: {reason}")
+        return OrtRunner(folder / graphs[0], target)
+
+
+class OrtRunner:
+    """A session; checks names and dtypes, because the runtime's own messages name neither the engine nor what it expects."""
+
+    def __init__(self, path: Path, target: Target) -> None:
+        import onnxruntime as ort
+
+        settings = dict(target.session)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = target.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        level = settings.pop("graph_optimization_level", "all")
+        if level not in LEVELS:
+            raise UnsupportedError(f"unknown graph_optimization_level: {level}", hint=f"levels: {', '.join(LEVELS)}")
+        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[level])
+        options.add_session_config_entry("session.intra_op.allow_spinning", settings.pop("allow_spinning", "1"))
+        disabled = [name for name in settings.pop("disabled_optimizers", "").split(",") if name]
+        if settings:
+            raise UnsupportedError(f"unknown session setting of onnxruntime: {', '.join(sorted(settings))}")
+        try:
+            self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
+        except Exception as error:  # onnxruntime raises one class per status code, without a common base of its own
+            raise RecordError(f"onnxruntime cannot load {path}", detail=str(error), hint="build the engine again") from error
+        self._dtypes = {i.name: _DTYPES[i.type] for i in self.session.get_inputs()}
+        self._outputs = [o.name for o in self.session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Outputs by name; DataError for a missing or unknown input or a wrong dtype."""
+        check_inputs(inputs, self._dtypes)
+        return dict(zip(self._outputs, self.session.run(self._outputs, dict(inputs)), strict=True))
+
+
+def check_inputs(inputs: Mapping[str, Any], dtypes: Mapping[str, str]) -> None:
+    """DataError naming the first input that is missing, unknown, or of the wrong dtype."""
+    if inputs.keys() != dtypes.keys():
+        missing, unknown = sorted(dtypes.keys() - inputs.keys()), sorted(inputs.keys() - dtypes.keys())
+        what = f"missing input: {', '.join(missing)}" if missing else f"unknown input: {', '.join(unknown)}"
+        raise DataError(what, hint=f"inputs of this engine: {', '.join(f'{n} ({d})' for n, d in dtypes.items())}")
+    for name, dtype in dtypes.items():
+        if (found := str(getattr(inputs[name], "dtype", type(inputs[name]).__name__))) != dtype:
+            raise DataError(f"input {name} has dtype {found}, expected {dtype}", hint=f"convert it with .astype('{dtype}')")
+
+
+_DTYPES = {
+    "tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16", "tensor(int64)": "int64",
+    "tensor(int32)": "int32", "tensor(int8)": "int8", "tensor(uint8)": "uint8", "tensor(bool)": "bool",
+}  # fmt: skip
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+PLUGIN = OnnxRuntime()

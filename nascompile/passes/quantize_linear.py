@@ -1,0 +1,72 @@
+"""Linears of quantized blocks in QDQ form: inputs through a calibrated uint8 grid, weights int8 with a scale per output channel."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+
+from nascompile import plugins
+from nascompile.errors import UnsupportedError
+from nascompile.passes import PassContext
+from nascompile.passes.graph import INT8, SCALE, TRANSPOSED, ZERO_POINT, Graph
+
+
+class QuantizeLinear:
+    name = "quantize_linear"
+    standard = True
+    requires = "fold_linear; a range for the input of every quantized product"
+    ensures = "every quantized product reads DequantizeLinear twice; products that read one tensor on one grid share its QuantizeLinear"
+
+    def apply(self, model: onnx.ModelProto, context: PassContext) -> onnx.ModelProto:
+        graph = Graph(model)
+        grids: dict[tuple[str, float, int], str] = {}
+        for node in [n for n in graph.nodes if n.op_type == "MatMul"]:
+            weight = node.input[1].removesuffix(TRANSPOSED)
+            precision = context.quantized.get(weight)
+            if precision is None or node.input[1] not in graph.constants:
+                continue
+            scheme = plugins.get("quantization", precision.replace("-", "_"))
+            if weight not in context.ranges:
+                raise UnsupportedError(
+                    f"no calibrated range for the input of a quantized product: {weight}",
+                    hint="calibrate the candidate before lowering it",
+                )
+            grid = scheme.activation_parameters(*context.ranges[weight])
+            key = (node.input[0], *grid)
+            if key not in grids:
+                grids[key] = _quantized_input(graph, node.input[0], grid, sum(k[0] == node.input[0] for k in grids))
+            node.input[1] = _quantized_weight(graph, node.input[1], scheme)
+            node.input[0] = grids[key]
+            graph.index()
+        return graph.finish()
+
+
+def _quantized_input(graph: Graph, tensor: str, grid: tuple[float, int], number: int) -> str:
+    """The tensor after a round trip through a grid; `number`: how many other grids the tensor has already."""
+    scale, zero_point = grid
+    base = tensor.removesuffix("_output_0") + (f".{number}" if number else "")
+    parameters = [
+        graph.add_constant(base + SCALE, np.float32(scale)),
+        graph.add_constant(base + ZERO_POINT, np.uint8(zero_point)),
+    ]
+    integers, result = f"{base}/QuantizeLinear_output_0", f"{base}/DequantizeLinear_output_0"
+    graph.nodes.append(graph.node("QuantizeLinear", f"{base}/QuantizeLinear", [tensor, *parameters], [integers]))
+    graph.nodes.append(graph.node("DequantizeLinear", f"{base}/DequantizeLinear", [integers, *parameters], [result]))
+    return result
+
+
+def _quantized_weight(graph: Graph, name: str, scheme: object) -> str:
+    value = graph.constant(name)
+    assert value is not None
+    integers, scale = scheme.quantize_weight(value.T)  # type: ignore[attr-defined]
+    inputs = [
+        graph.add_constant(name + INT8, integers.T),
+        graph.add_constant(name + SCALE, scale),
+        graph.add_constant(name + ZERO_POINT, np.zeros(len(scale), np.int8)),
+    ]
+    result = f"{name}/DequantizeLinear_output_0"
+    graph.nodes.append(graph.node("DequantizeLinear", f"{name}/DequantizeLinear", inputs, [result], axis=1))
+    return result
+
+
+PLUGIN = QuantizeLinear()
