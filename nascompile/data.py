@@ -280,31 +280,34 @@ def _check_labels(given: Mapping[str, Samples], task: Task) -> None:
                     f"no label in column `{samples.label_column}` ({name}): {samples.where(i)}",
                     hint="label the sample, or leave it out; another column: --label-column",
                 )
-    if not _names_classes(given, task):
-        return
-    known = {_spelling(label) for label in given["train"].labels}
+    train = given["train"]
+    try:
+        classes = task.labels(train.labels)
+    except DataError as error:
+        _check_readable(given, task)
+        detail = f"column `{train.label_column}` of {train.source}"
+        raise DataError(error.message, detail=detail, hint=error.hint) from error
+    if not classes:
+        return _check_readable(given, task)
+    known = {_spelling(label) for label in train.labels}
     for name in SPLITS[1:]:
         for i, label in enumerate(given[name].labels if name in given else ()):
             if _spelling(label) not in known:
                 raise DataError(
                     f"a label of {name} that train lacks: {label!r} ({given[name].where(i)})",
-                    hint=f"labels of train: {', '.join(sorted({str(value) for value in given['train'].labels})[:20])}",
+                    hint=f"labels of train: {', '.join(sorted({str(value) for value in train.labels})[:20])}",
                 )
 
 
-def _names_classes(given: Mapping[str, Samples], task: Task) -> bool:
-    """Whether the task's labels are classes; DataError at the first one that the task cannot read, with its row."""
-    try:
-        return bool(task.labels(given["train"].labels))
-    except DataError:
-        for samples in given.values():
-            for i, label in enumerate(samples.labels):
-                try:
-                    task.encode([label], (str(label),))
-                except DataError as error:
-                    message = f"column `{samples.label_column}`, {samples.where(i)}: {error.message}"
-                    raise DataError(message, detail=error.detail, hint=error.hint) from error
-        raise
+def _check_readable(given: Mapping[str, Samples], task: Task) -> None:
+    """DataError naming the row of the first label that the task cannot read as a value."""
+    for samples in given.values():
+        for i, label in enumerate(samples.labels):
+            try:
+                task.encode([label], (str(label),))
+            except DataError as error:
+                message = f"column `{samples.label_column}`, {samples.where(i)}: {error.message}"
+                raise DataError(message, detail=error.detail, hint=error.hint) from error
 
 
 def _spelling(label: Any) -> str:
