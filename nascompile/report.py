@@ -1,0 +1,684 @@
+"""Last stage: what a run folder's records say, as one HTML file, Markdown and JSON. It reads records only and invents nothing.
+
+Keys of `report.json`; a section whose records are not there has their names in its `missing` list:
+  summary       what `nascompile run --json` prints
+  headline      chosen engine, throughput ratio, accuracy change with its interval, size ratio, file, reason, budgets
+  engines       one entry per engine folder: predicted, measured, throughput, size, validation and test scores
+  front         non-dominated and scored candidates with predicted latency and emulated validation score
+  prediction    predicted against measured latency: engines of this run, validation networks of the table
+  agreement     emulated against engine score of random candidates
+  operators     the table's latency of every block of the baseline, the uniform and the chosen engine
+  architecture  every block of the full network: kept share, precision, size
+  search        searcher, seed, hypervolume over scored candidates
+  data          labels, counts, duplicates, as stored with the data
+  environment   what must match for numbers to compare, and what is only recorded
+  reproduce     recipe and commands
+  stages        seconds per stage
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from nascompile.errors import RecordError
+from nascompile.records import (
+    Candidate,
+    Choice,
+    Correction,
+    EngineManifest,
+    Evaluation,
+    Front,
+    LatencyTable,
+    Measurement,
+    Quantity,
+    R,
+    Score,
+    StageDone,
+    TestResult,
+    load,
+    write_atomic,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Json = dict[str, Any]
+ASSETS = Path(__file__).with_name("report_assets")
+WRITERS = {
+    "table.json": "profile", "front.json": "search", "journal.jsonl": "search", "engines": "build", "agreement.json": "build",
+    "measurements": "measure", "correction.json": "rerank", "choice.json": "rerank", "test.json": "rerank",
+}  # fmt: skip
+"""Record ▸ the stage that writes it."""
+STAGES = ("profile", "finetune", "search", "build", "measure", "rerank", "report")
+PERCENT_METRICS = ("accuracy", "f1", "auc")
+MILLISECONDS = {"s": 1e3, "ms": 1.0, "us": 1e-3, "µs": 1e-3, "ns": 1e-6}
+
+
+def report(run: Path) -> tuple[Path, Path, Path]:
+    """Write report.html, report.md and report.json into the run folder; RecordError on a damaged record."""
+    from plotly.offline import get_plotlyjs
+
+    facts = gather(run)
+    paths = (run / "report.html", run / "report.md", run / "report.json")
+    style, charts = ((ASSETS / name).read_text("utf-8") for name in ("style.css", "charts.js"))
+    html = _templates(html=True).get_template("report.html").render(f=facts, style=style, charts=charts, plotly=get_plotlyjs())
+    markdown = _templates(html=False).get_template("report.md").render(f=facts)
+    body = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False)
+    for path, text in zip(paths, (html, markdown, body), strict=True):
+        write_atomic(path, (text.rstrip() + "\n").encode())
+    return paths
+
+
+def summary(run: Path) -> Json:
+    """What `nascompile run --json` prints: tasks, environment, run and engine folder."""
+    records = read(run)
+    return _summary(records, _engines(records))
+
+
+def closing_table(run: Path) -> Table:
+    """Engines of the run, one a row, for a terminal."""
+    from rich.table import Table
+
+    engines = _engines(read(run))
+    table = Table(title=f"{run.name}: engines, relative to the baseline", title_justify="left")
+    table.add_column("engine")
+    for name in ("predicted ms", "measured p50 ms", "samples/s", "speed-up", "size MB", "validation", "test"):
+        table.add_column(name, justify="right")
+    for e in engines:
+        table.add_row(
+            f"{e['title']}", _interval(e["predicted"]), _latency(e["measured"]), _rate(e["throughput"]), _times(e["speedup"]),
+            number(e["size_bytes"] / 1e6), _score(e["validation"]), _score(e["test"]), style="bold" if e["chosen"] else "",
+        )  # fmt: skip
+    return table
+
+
+def gather(run: Path) -> Json:
+    """All sections as plain data (module docstring)."""
+    records = read(run)
+    engines = _engines(records)
+    return {
+        "summary": _summary(records, engines),
+        "name": _name(records),
+        "note": str(records.recipe.get("note", "")),
+        "headline": _headline(records, engines),
+        "engines": engines,
+        "front": _front(records),
+        "prediction": _prediction(records, engines),
+        "agreement": _agreement(records),
+        "operators": _operators(records, engines),
+        "architecture": _architecture(records),
+        "search": _search(records),
+        "data": records.data,
+        "environment": _environment(records),
+        "reproduce": _reproduce(records),
+        "stages": _stages(records),
+    }
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """What a run folder holds; None or empty where a record is not there."""
+
+    folder: Path
+    recipe: Json
+    data: Json
+    agreement: Json
+    table: LatencyTable | None
+    front: Front | None
+    correction: Correction | None
+    choice: Choice | None
+    test: TestResult | None
+    engines: tuple[EngineManifest, ...]
+    measurements: dict[str, Measurement]
+    stages: tuple[StageDone, ...]
+    scored: tuple[Evaluation, ...]
+    damaged_lines: int
+
+    def engine(self, role: str) -> EngineManifest | None:
+        """The first engine of a role; `chosen` is the choice's."""
+        if role == "chosen":
+            return next((e for e in self.engines if self.choice and e.name == self.choice.engine), None)
+        return next((e for e in self.engines if e.role == role), None)
+
+
+def read(run: Path) -> RunRecords:
+    """Every record of the folder; RecordError if the folder or nothing in it exists, or a record is damaged."""
+    if not run.is_dir():
+        raise RecordError(f"no such run folder: {run}", hint="`nascompile run --out FOLDER` makes one")
+    scored, damaged = _journal(run / "journal.jsonl")
+    return RunRecords(
+        folder=run,
+        recipe=_plain(run / "recipe.json"),
+        data=_plain(run / "data" / "data.json"),
+        agreement=_plain(run / "agreement.json"),
+        table=_optional(run / "table.json", LatencyTable),
+        front=_optional(run / "front.json", Front),
+        correction=_optional(run / "correction.json", Correction),
+        choice=_optional(run / "choice.json", Choice),
+        test=_optional(run / "test.json", TestResult),
+        engines=tuple(load(path, EngineManifest) for path in sorted(run.glob("engines/*/manifest.json"))),
+        measurements={m.engine: m for m in (load(path, Measurement) for path in sorted(run.glob("measurements/*.json")))},
+        stages=tuple(load(path, StageDone) for path in sorted(run.glob("stages/*.json"))),
+        scored=scored,
+        damaged_lines=damaged,
+    )
+
+
+def _optional(path: Path, kind: type[R]) -> R | None:
+    return load(path, kind) if path.exists() else None
+
+
+def _plain(path: Path) -> Json:
+    if not path.exists():
+        return {}
+    try:
+        body = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise RecordError(f"damaged file: {path}", detail=str(error), hint="remove it; the stage will write it again") from error
+    if not isinstance(body, dict):
+        raise RecordError(f"{path} is not a JSON object: {type(body).__name__}", hint="remove it; the stage will write it again")
+    return body
+
+
+def _journal(path: Path) -> tuple[tuple[Evaluation, ...], int]:
+    """Scored candidates, each once, and the number of damaged lines."""
+    decoder, found, damaged = msgspec.json.Decoder(Evaluation), {}, 0
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            evaluation = decoder.decode(line)
+            found[evaluation.candidate] = evaluation
+        except msgspec.DecodeError:
+            damaged += bool(line.strip())
+    return tuple(found.values()), damaged
+
+
+def _absent(*names: str) -> list[str]:
+    return [f"{name} (stage {WRITERS[name]})" for name in names]
+
+
+# ---------------------------------------------------------------------------------------------- sections
+
+
+def _name(records: RunRecords) -> str:
+    return str(records.recipe.get("name") or records.folder.resolve().name)
+
+
+def _engines(records: RunRecords) -> list[Json]:
+    """Baseline, uniform, chosen, then the other candidates as they rank."""
+    ranking = records.choice.ranking if records.choice else ()
+    chosen = records.choice.engine if records.choice else ""
+    order = {"baseline": 0, "uniform": 1, "candidate": 2}
+
+    def place(e: EngineManifest) -> tuple[int, int, int, str]:
+        return order[e.role], e.name != chosen, ranking.index(e.name) if e.name in ranking else len(ranking), e.name
+
+    baseline = records.engine("baseline")
+    reference = _throughput(records, baseline) if baseline else None
+    return [_engine(records, e, baseline, reference) for e in sorted(records.engines, key=place)]
+
+
+def _engine(records: RunRecords, e: EngineManifest, baseline: EngineManifest | None, reference: Json | None) -> Json:
+    measurement = records.measurements.get(e.name)
+    is_chosen = records.choice is not None and e.name == records.choice.engine
+    title = {"baseline": "Baseline", "uniform": f"Uniform {e.name.partition('-')[2].upper()}".strip()}.get(e.role, e.name)
+    throughput = _throughput(records, e)
+    batches = [_quantity(q) | {"batch": batch} for batch, q in measurement.throughput] if measurement else []
+    test = dict(records.test.scores).get(e.name) if records.test else None
+    differences = [d for d in records.test.differences if d.engine == e.name] if records.test else []
+    against = next((d for d in differences if baseline and d.reference == baseline.name), None)
+    return {
+        "name": e.name, "role": e.role, "chosen": is_chosen, "title": f"Chosen: {title}" if is_chosen else title,
+        "folder": str(records.folder / "engines" / e.name),
+        "file": str(records.folder / "engines" / e.name / e.graphs[0]) if e.graphs else "",
+        "predicted": msgspec.to_builtins(e.predicted) if e.predicted else None,
+        "measured": _quantity(measurement.latency) if measurement else None,
+        "throughput": throughput,
+        "throughput_best": max(batches, key=lambda b: b["value"], default=None),
+        "speedup": throughput["value"] / reference["value"] if throughput and reference else None,
+        "size_bytes": e.size_bytes,
+        "size_ratio": e.size_bytes / baseline.size_bytes if baseline and baseline.size_bytes else None,
+        "parameters": e.parameters,
+        "peak_memory_bytes": measurement.peak_memory_bytes if measurement else None,
+        "build_seconds": e.build_seconds,
+        "validation": _score_facts(measurement.score) if measurement and measurement.score else None,
+        "test": _score_facts(test) if test else None,
+        "difference": msgspec.to_builtins(against) if against else None,
+        "other_differences": [msgspec.to_builtins(d) for d in differences if d is not against],
+        "precisions": dict(e.precision_counts),
+        "candidate": _candidate(e.candidate) if e.candidate else None,
+        "rejected": dict(records.choice.rejected).get(e.name, "") if records.choice else "",
+    }  # fmt: skip
+
+
+def _throughput(records: RunRecords, e: EngineManifest) -> Json | None:
+    """Samples per second at the target's own batch."""
+    measurement = records.measurements.get(e.name)
+    found = dict(measurement.throughput) if measurement else {}
+    batch = e.target.workload.batch
+    return _quantity(found[batch]) | {"batch": batch} if batch in found else None
+
+
+def _quantity(q: Quantity) -> Json:
+    quantiles = {f"p{level * 100:g}": value for level, value in q.quantiles}
+    return {"value": q.value, "unit": q.unit, "kind": q.kind, "n": q.n, **quantiles}
+
+
+def _score_facts(score: Score) -> Json:
+    unit = "%" if score.metric.lower() in PERCENT_METRICS else ""
+    return {
+        "metric": score.metric, "direction": score.direction, "value": score.value, "unit": unit, "n": score.n, "stderr": score.stderr,
+    }  # fmt: skip
+
+
+def _candidate(point: Candidate) -> Json:
+    return {
+        "id": point.id,
+        "architecture": dict(point.architecture),
+        "precision": {target: dict(genes) for target, genes in point.precision},
+        "text": _describe(point),
+    }
+
+
+def _describe(point: Candidate) -> str:
+    """Genes by kind, in network order: `depth 4 · heads 3 2 3 2 · width …; 7 of 8 blocks int8`."""
+    groups: dict[str, list[str]] = {}
+    for gene, value in point.architecture:
+        groups.setdefault(gene.rpartition(".")[2], []).append(str(value))
+    text = " · ".join(f"{name} {' '.join(values)}" for name, values in groups.items())
+    for _, genes in point.precision[:1]:
+        counts = Counter(value for _, value in genes)
+        text += "; " + ", ".join(f"{count} {'block' if count == 1 else 'blocks'} {name}" for name, count in sorted(counts.items())) if counts else ""
+    return text
+
+
+def _summary(records: RunRecords, engines: list[Json]) -> Json:
+    def numbers(role: str) -> Json | None:
+        e = next((e for e in engines if (e["chosen"] if role == "chosen" else e["role"] == role)), None)
+        if e is None:
+            return None
+        score = e["test"] or e["validation"] or {}
+        found = {
+            "accuracy": score.get("value"), "accuracy_split": "test" if e["test"] else "validation" if e["validation"] else None,
+            "p50_ms": (e["measured"] or {}).get("p50"), "throughput": (e["throughput"] or {}).get("value"), "size_bytes": e["size_bytes"],
+        }  # fmt: skip
+        if role == "chosen":
+            found |= {"predicted_ms": (e["predicted"] or {}).get("value"), "candidate": e["candidate"]}
+        return found
+
+    chosen = next((e for e in engines if e["chosen"]), None)
+    task = {
+        "name": _name(records), "baseline": numbers("baseline"), "uniform_int8": numbers("uniform"), "chosen": numbers("chosen"),
+        "seconds": {s["stage"]: s["seconds"] for s in _stages(records)},
+    }  # fmt: skip
+    environment = _environment(records)
+    return {
+        "tasks": [task], "environment": environment["must_match"] | environment["recorded"], "run": str(records.folder),
+        "engine": chosen["folder"] if chosen else None,
+    }  # fmt: skip
+
+
+def _headline(records: RunRecords, engines: list[Json]) -> Json:
+    chosen = next((e for e in engines if e["chosen"]), None)
+    if records.choice is None or chosen is None:
+        return {"missing": _absent("choice.json" if records.choice is None else "engines")}
+    baseline = next((e for e in engines if e["role"] == "baseline"), None)
+    budgets = [f"{b.metric} ≤ {b.bound:g}" for b in records.choice.budgets]
+    change = chosen["difference"]
+    if change is None and baseline and baseline["validation"] and chosen["validation"]:
+        value = chosen["validation"]["value"] - baseline["validation"]["value"]
+        change = {"value": value, "low": None, "high": None, "unit": "points" if chosen["validation"]["unit"] else ""}
+    return {
+        "engine": chosen, "baseline": baseline, "change": change, "change_split": "test" if chosen["difference"] else "validation",
+        "reason": records.choice.reason, "budgets": budgets, "missing": [],
+    }  # fmt: skip
+
+
+def _front(records: RunRecords) -> Json:
+    front = records.front
+    if front is None:
+        return {"missing": _absent("front.json"), "points": [], "scored": []}
+    members = {e.candidate for e in front.evaluations}
+    first = front.evaluations[0].score if front.evaluations else None
+    return {
+        "missing": [] if records.scored else _absent("journal.jsonl"),
+        "metric": first.metric if first else "",
+        "unit": "%" if first and first.metric.lower() in PERCENT_METRICS else "",
+        "direction": first.direction if first else "",
+        "objectives": list(front.objectives),
+        "points": [_point(e) for e in front.evaluations],
+        "scored": [_point(e) for e in records.scored if e.candidate not in members],
+        "damaged_lines": records.damaged_lines,
+    }
+
+
+def _point(e: Evaluation) -> Json:
+    return {
+        "id": e.candidate.id, "latency_ms": e.latency.value, "low_ms": e.latency.low, "high_ms": e.latency.high, "level": e.latency.level,
+        "score": e.score.value, "stderr": e.score.stderr, "n": e.score.n, "size_bytes": e.size_bytes, "parameters": e.parameters,
+        "macs": e.macs, "text": _describe(e.candidate),
+    }  # fmt: skip
+
+
+def _prediction(records: RunRecords, engines: list[Json]) -> Json:
+    """Engines from the correction (or manifest and measurement before there is one), and the table's own validation networks."""
+    stated = {name: (predicted, measured) for name, predicted, measured in records.correction.residuals} if records.correction else {}
+    rows = []
+    for e in engines:
+        interval, median = e["predicted"], (e["measured"] or {}).get("p50")
+        predicted, measured = stated.get(e["name"], (interval["value"] if interval else None, median))
+        if predicted and measured:
+            low, high = (interval["low"], interval["high"]) if interval else (None, None)
+            rows.append(_residual(e["title"], predicted, measured, low, high) | {"engine": e["name"], "role": e["role"], "chosen": e["chosen"]})
+    networks, table = [], records.table
+    for r in table.validation if table else ():
+        half = r.predicted_ms * table.relative_error if table else 0.0
+        networks.append(_residual(r.candidate.id, r.predicted_ms, _ms(r.measured), r.predicted_ms - half, r.predicted_ms + half))
+    missing = [] if table else _absent("table.json")
+    return {
+        "engines": rows, "networks": networks, "mape_engines": _mape(rows), "mape_networks": _mape(networks),
+        "relative_error": table.relative_error if table else None,
+        "factor": records.correction.factor if records.correction else None,
+        "spread": records.correction.spread if records.correction else None,
+        "missing": missing + ([] if rows else _absent("engines", "measurements")) + ([] if records.correction else _absent("correction.json")),
+    }  # fmt: skip
+
+
+def _residual(title: str, predicted: float, measured: float, low: float | None, high: float | None) -> Json:
+    inside = low <= measured <= high if low is not None and high is not None else None
+    return {
+        "title": title, "predicted_ms": predicted, "low_ms": low, "high_ms": high, "measured_ms": measured,
+        "residual_percent": 100 * (measured / predicted - 1), "inside": inside,
+    }  # fmt: skip
+
+
+def _mape(rows: list[Json]) -> float | None:
+    """Mean of |predicted − measured| / measured, in percent."""
+    if not rows:
+        return None
+    return 100 * math.fsum(abs(r["predicted_ms"] - r["measured_ms"]) / r["measured_ms"] for r in rows) / len(rows)
+
+
+def _agreement(records: RunRecords) -> Json:
+    return {"missing": [] if records.agreement else _absent("agreement.json")} | records.agreement
+
+
+def _operators(records: RunRecords, engines: list[Json]) -> Json:
+    """Table rows of each engine's blocks, times the table's scale: predicted ms."""
+    named = {m.name: m for m in (records.engine(role) for role in ("baseline", "uniform", "chosen")) if m and m.graph}
+    shown = list(named.values())
+    if records.table is None or not shown:
+        return {"missing": _absent(*(["table.json"] if records.table is None else []), *([] if shown else ["engines"])), "engines": []}
+    rows = {row.operator: row for row in records.table.rows}
+    facts = {e["name"]: e for e in engines}
+    found = []
+    for manifest in shown:
+        blocks, unknown = [], []
+        for node in manifest.graph.nodes if manifest.graph else ():
+            if row := rows.get(node.operator):
+                blocks.append(
+                    {
+                        "block": node.name, "kind": node.operator.kind, "operator": node.operator.label, "noisy": row.noisy,
+                        "latency_ms": _ms(row.latency) * records.table.scale, "precision": node.operator.precision.name,
+                    }
+                )  # fmt: skip
+            else:
+                unknown.append(f"{node.name}: {node.operator.label}")
+        kinds: dict[str, float] = {}
+        for block in blocks:
+            kinds[block["kind"]] = kinds.get(block["kind"], 0.0) + block["latency_ms"]
+        found.append(
+            {
+                "name": manifest.name, "title": facts[manifest.name]["title"], "blocks": blocks, "without_row": unknown, "by_kind": kinds,
+                "total_ms": math.fsum(kinds.values()), "measured_ms": (facts[manifest.name]["measured"] or {}).get("p50"),
+            }
+        )  # fmt: skip
+    return {"missing": [], "engines": found, "kinds": list(dict.fromkeys(b["kind"] for e in found for b in e["blocks"])), "scale": records.table.scale}
+
+
+def _architecture(records: RunRecords) -> Json:
+    """Blocks of the full network in execution order, with what the chosen engine keeps of each."""
+    chosen = records.engine("chosen")
+    if chosen is None or chosen.graph is None:
+        return {"missing": _absent("choice.json", "engines"), "blocks": []}
+    whole = next((m.graph for m in (records.engine("baseline"), records.engine("uniform")) if m and m.graph), chosen.graph)
+    full = {g.name: max(g.choices) for g in chosen.space.genes if g.kind == "architecture"} if chosen.space else {}
+    own = dict(chosen.candidate.architecture) if chosen.candidate else {}
+    kept = {node.name: node for node in chosen.graph.nodes}
+    blocks = []
+    for node in whole.nodes:
+        mine = kept.get(node.name)
+        sizes = [(gene.rpartition(".")[2], own.get(gene, full[gene]), full[gene]) for gene in node.genes if gene in full] if mine else []
+        blocks.append(
+            {
+                "block": node.name, "title": _block_title(node.name), "kind": node.operator.kind, "kept": mine is not None,
+                "fraction": math.prod(value / int(most) for _, value, most in sizes) if mine else 0.0,
+                "sizes": [{"name": name, "kept": value, "full": most} for name, value, most in sizes],
+                "precision": mine.operator.precision.name if mine else "",
+                "parameters": mine.parameters if mine else 0, "size_bytes": mine.size_bytes if mine else 0,
+                "full_parameters": node.parameters, "macs": mine.macs if mine else 0,
+            }
+        )  # fmt: skip
+    layers = [{n.name.split(".")[1] for n in g.nodes if n.name.startswith("layers.")} for g in (chosen.graph, whole)]
+    return {
+        "missing": [] if whole is not chosen.graph else ["a full network to compare with (engine `baseline`)"],
+        "engine": chosen.name, "candidate": _candidate(chosen.candidate) if chosen.candidate else None, "blocks": blocks,
+        "layers_kept": len(layers[0]), "layers_full": len(layers[1]), "precisions": list(dict.fromkeys(b["precision"] for b in blocks if b["kept"])),
+    }  # fmt: skip
+
+
+def _block_title(name: str) -> str:
+    parts = name.split(".")
+    return f"Layer {int(parts[1]) + 1} {parts[2]}" if len(parts) == 3 and parts[1].isdigit() else name.capitalize()
+
+
+def _search(records: RunRecords) -> Json:
+    front = records.front
+    if front is None:
+        return {"missing": _absent("front.json"), "hypervolume": []}
+    return {
+        "missing": [] if front.hypervolume else ["hypervolume in front.json"], "searcher": front.searcher, "seed": front.seed,
+        "scored": front.scored, "seconds": front.seconds, "objectives": list(front.objectives), "found": len(front.evaluations),
+        "budgets": [f"{b.metric} ≤ {b.bound:g}" for b in front.budgets], "hypervolume": [list(pair) for pair in front.hypervolume],
+    }  # fmt: skip
+
+
+def _environment(records: RunRecords) -> Json:
+    """Of the chosen engine's measurement, else the first one, else the table."""
+    names = [records.choice.engine] if records.choice else []
+    found = [records.measurements[n].environment for n in (*names, *records.measurements) if n in records.measurements]
+    found += [records.table.environment] if records.table else []
+    if not found:
+        return {"missing": _absent("measurements"), "must_match": {}, "recorded": {}, "target": {}, "versions": {}}
+    engine = records.engine("chosen") or records.engine("baseline")
+    target = records.table.target if records.table else engine.target if engine else None
+    return {
+        "missing": [], "must_match": dict(found[0].must_match), "recorded": dict(found[0].recorded),
+        "target": {k: v for k, v in _flat(msgspec.to_builtins(target)).items() if v not in (0, [0, 0])} if target else {}, "versions": dict(engine.versions) if engine else {},
+    }  # fmt: skip
+
+
+def _flat(body: Json, prefix: str = "") -> Json:
+    found: Json = {}
+    for key, value in body.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def _reproduce(records: RunRecords) -> Json:
+    folder = shlex.quote(str(records.folder))
+    commands = []
+    if command := records.recipe.get("command"):
+        commands.append(("As it was called", shlex.join(map(str, command)) if isinstance(command, list) else str(command)))
+    if records.recipe:
+        commands.append(("The whole run, from the recipe below saved as recipe.toml", f"nascompile run recipe.toml --out {folder}"))
+    if chosen := records.engine("chosen"):
+        engine = shlex.quote(str(records.folder / "engines" / chosen.name))
+        commands.append(("Check the engine's files and its reference sample", f"nascompile verify {engine}"))
+        commands.append(("Run the engine with the runtime and NumPy alone", f"python {engine}/run.py"))
+        commands.append(("Use it from Python", f'import nascompile; nascompile.load("{records.folder / "engines" / chosen.name}").predict(samples)'))
+    commands.append(("This report again", f"nascompile report {folder}"))
+    recipe = {key: value for key, value in records.recipe.items() if key not in ("command", "note")}
+    return {
+        "missing": [] if recipe else ["recipe.json (written when the run starts)"],
+        "commands": [{"what": what, "command": command} for what, command in commands], "recipe": recipe, "toml": toml(recipe),
+    }  # fmt: skip
+
+
+def _stages(records: RunRecords) -> list[Json]:
+    order = {stage: place for place, stage in enumerate(STAGES)}
+    done = sorted(records.stages, key=lambda s: (order.get(s.stage, len(order)), s.stage))
+    return [{"stage": s.stage, "seconds": s.seconds} for s in done]
+
+
+def _ms(q: Quantity) -> float:
+    """Median where there is one, in ms."""
+    if q.unit not in MILLISECONDS:
+        raise RecordError(f"a latency in an unknown unit: {q.unit}", hint=f"units: {', '.join(MILLISECONDS)}")
+    return dict(q.quantiles).get(0.5, q.value) * MILLISECONDS[q.unit]
+
+
+def toml(body: Json) -> str:
+    """A recipe as TOML; entries that are None are left out."""
+    lines = _toml_entries({k: v for k, v in body.items() if not isinstance(v, dict)})
+    for name, table in body.items():
+        if isinstance(table, dict) and table:
+            lines += ["", f"[{_toml_key(name)}]", *_toml_entries(table)]
+    return "\n".join(lines)
+
+
+def _toml_entries(body: Json) -> list[str]:
+    return [f"{_toml_key(k)} = {_toml(v)}" for k, v in body.items() if v is not None]
+
+
+def _toml_key(key: str) -> str:
+    return key if key.replace("-", "").replace("_", "").isalnum() and key.isascii() else json.dumps(key)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_key(k)} = {_toml(v)}" for k, v in value.items() if v is not None) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(v) for v in value if v is not None) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+# ---------------------------------------------------------------------------------------------- text of numbers
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, thousands separated; a dash for nothing."""
+    if value is None:
+        return "–"
+    size = abs(value)
+    return f"{value:,.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 0.1 or not value else f"{value:.2g}"
+
+
+def signed(value: float | None, digits: int = 2) -> str:
+    """With its sign, a true minus."""
+    return "–" if value is None else f"{value:+.{digits}f}".replace("-", "−")
+
+
+def megabytes(value: float | None) -> str:
+    return "–" if value is None else f"{number(value / 1e6)} MB"
+
+
+def count(value: float | None) -> str:
+    """1.2 M, 340 k, 12."""
+    if value is None:
+        return "–"
+    for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{number(value / factor)} {letter}"
+    return f"{value:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """4.2 s, 3 min 05 s, 1 h 02 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _interval(predicted: Json | None) -> str:
+    return f"{number(predicted['value'])} [{number(predicted['low'])}, {number(predicted['high'])}]" if predicted else "–"
+
+
+def _latency(measured: Json | None) -> str:
+    """p50, with the word where it was not measured."""
+    if not measured:
+        return "–"
+    return number(measured.get("p50", measured["value"])) + ("" if measured["kind"] == "measured" else f" {measured['kind']}")
+
+
+def _rate(throughput: Json | None) -> str:
+    return number(throughput["value"]) if throughput else "–"
+
+
+def _times(ratio: float | None) -> str:
+    return f"{ratio:.2f}×" if ratio is not None else "–"
+
+
+def _score(score: Json | None) -> str:
+    return f"{score['value']:.2f}{' ' + score['unit'] if score['unit'] else ''}" if score else "–"
+
+
+def _plain_value(value: Any) -> str:
+    """A setting of the environment or the data, for a person."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain_value, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {_plain_value(v)}" for k, v in value.items()) or "none"
+    return f"{value:,}" if isinstance(value, int) else "–" if value is None or value == "" else str(value)
+
+
+class Code(str):
+    """Text inside a Markdown code span, where nothing needs escaping."""
+
+
+def _code(text: str) -> Code:
+    fence = "`" * (1 + max((len(run) for run in _backticks(text)), default=0))
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return Code(f"{fence}{pad}{text}{pad}{fence}".replace("\n", " "))
+
+
+def _backticks(text: str) -> Iterable[str]:
+    return "".join(c if c == "`" else " " for c in text).split()
+
+
+def _markdown(value: Any) -> Any:
+    """User text cannot become Markdown or HTML."""
+    if not isinstance(value, str) or isinstance(value, Code):
+        return value
+    for mark in "\\`*_[]|#~":
+        value = value.replace(mark, "\\" + mark)
+    return value.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\n", " ")
+
+
+def _templates(*, html: bool) -> Any:
+    """A jinja2 environment over report_assets; HTML autoescapes, Markdown escapes its own marks."""
+    import jinja2
+
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ASSETS), autoescape=html, finalize=None if html else _markdown, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False,
+    )  # fmt: skip
+    found.filters |= {
+        "number": number, "signed": signed, "megabytes": megabytes, "count_si": count, "duration": duration, "interval": _interval,
+        "latency": _latency, "rate": _rate, "times": _times, "score": _score, "plain": _plain_value, "code": _code, "verbatim": Code,
+    }  # fmt: skip
+    return found
