@@ -57,8 +57,9 @@ class Preprocessing(Record, frozen=True):
     resample: int = 2
     """Pillow's number of the filter: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic."""
     rescale: float = 1 / 255
-    mean: tuple[float, ...] = (0.5,)
-    std: tuple[float, ...] = (0.5,)
+    mean: tuple[float, ...] = ()
+    """One value per channel."""
+    std: tuple[float, ...] = ()
     features: int = 0
     """Length of a vector."""
 
@@ -286,16 +287,17 @@ def _image_settings(names: tuple[str, ...], assets: Mapping[str, bytes], config:
     size = described.get("size", config.get("image_size", 224))
     resize = _edges(size) if described.get("do_resize", True) else (0, 0)
     crop = _edges(described.get("crop_size", size)) if described.get("do_center_crop", False) else (0, 0)
+    channels, normalize = int(config.get("num_channels", 3)), described.get("do_normalize", True)
     settings = Preprocessing(
         modality="image",
         inputs=names,
-        channels=int(config.get("num_channels", 3)),
+        channels=channels,
         resize=resize,
         crop=crop,
         resample=int(described.get("resample", 2)),
         rescale=float(described.get("rescale_factor", 1 / 255)) if described.get("do_rescale", True) else 1.0,
-        mean=_per_channel(described.get("image_mean", (0.5,))) if described.get("do_normalize", True) else (0.0,),
-        std=_per_channel(described.get("image_std", (0.5,))) if described.get("do_normalize", True) else (1.0,),
+        mean=_per_channel(described.get("image_mean", 0.5) if normalize else 0.0, channels),
+        std=_per_channel(described.get("image_std", 0.5) if normalize else 1.0, channels),
     )
     if 0 in settings.image_size:
         raise ModelError(
@@ -309,8 +311,8 @@ def _image_settings(names: tuple[str, ...], assets: Mapping[str, bytes], config:
             hint="make the two files agree",
         )
     for name, values in (("image_mean", settings.mean), ("image_std", settings.std)):
-        if len(values) not in (1, settings.channels):
-            raise ModelError(f"{name} has {len(values)} values for {settings.channels} channels: {folder}", hint="give one per channel")
+        if len(values) != channels:
+            raise ModelError(f"{name} has {len(values)} values for {channels} channels: {folder}", hint="give one per channel")
     return settings
 
 
@@ -320,8 +322,9 @@ def _edges(size: Any) -> tuple[int, int]:
     return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _per_channel(values: Any) -> tuple[float, ...]:
-    return (float(values),) if isinstance(values, int | float) else tuple(float(value) for value in values)
+def _per_channel(values: Any, channels: int) -> tuple[float, ...]:
+    found = (float(values),) if isinstance(values, int | float) else tuple(float(value) for value in values)
+    return found * channels if len(found) == 1 else found
 
 
 def _preprocessor_config(settings: Preprocessing) -> bytes:
@@ -330,8 +333,7 @@ def _preprocessor_config(settings: Preprocessing) -> bytes:
     body = {
         "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": height, "width": width},
         "resample": settings.resample, "do_rescale": True, "rescale_factor": settings.rescale, "do_normalize": True,
-        "image_mean": list(settings.mean) * (settings.channels // len(settings.mean)),
-        "image_std": list(settings.std) * (settings.channels // len(settings.std)),
+        "image_mean": settings.mean, "image_std": settings.std,
     }  # fmt: skip
     return (json.dumps(body, indent=2) + "\n").encode()
 
