@@ -1,0 +1,529 @@
+"""Arguments in, text out. Results go to stdout, progress and errors to stderr; each command imports what it needs, when it runs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from nascompile.errors import DataError, NascompileError, RecipeError
+
+if TYPE_CHECKING:
+    from nascompile.progress import Progress
+    from nascompile.settings import Recipe
+
+STAGES = {
+    "profile": "Time the operators of the model's search space on the device, or find a table that has them.",
+    "finetune": "Train the teacher and the super-network.",
+    "search": "Search sub-networks and precisions; writes the Pareto front.",
+    "build": "Build the engines of the front's best candidates and of the baselines; with --candidate, one more.",
+    "measure": "Run the engines: latency, throughput, memory, validation score.",
+    "rerank": "Correct the predictions by the measurements, choose an engine, then read test once.",
+    "report": "Write the report of a run.",
+}
+"""Stages that are commands, with their help."""
+
+
+class Commands(TyperGroup):
+    """Prints expected failures as `error: … hint: …` and exits 1; 130 for Ctrl-C. Anything else is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except NascompileError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            typer.echo("\ninterrupted; run the same command again to continue", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    name="nascompile",
+    cls=Commands,
+    help="From a pretrained model, a task and a device to the engine that device should run.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+tables = typer.Typer(help="Latency tables: show, validate, compare, merge, export.", no_args_is_help=True)
+app.add_typer(tables, name="table")
+
+
+def main() -> None:
+    """Entry point of `nascompile`."""
+    app()
+
+
+# ---------------------------------------------------------------------------------------------- flags
+
+
+def minutes(text: str) -> float:
+    """Minutes of `90s`, `30m`, `2h` or `1h30m`."""
+    units = {"h": 60.0, "m": 1.0, "s": 1 / 60}
+    parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise typer.BadParameter(f"not a duration: {text} (like 90s, 30m, 2h or 1h30m)")
+    return sum(float(number) * units[unit] for number, unit in parts)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag and the one setting of the recipe that it sets."""
+
+    name: str
+    setting: str
+    kind: Any
+    help: str
+    metavar: str | None = None
+
+    @property
+    def parameter(self) -> str:
+        return "set_" + self.name.partition("/")[0].lstrip("-").replace("-", "_")
+
+    def option(self, panel: str) -> inspect.Parameter:
+        """How typer is told about it; not given is None."""
+        parser: dict[str, Any] = {"parser": minutes} if self.setting == "minutes" else {}
+        info = typer.Option(self.name, help=self.help, metavar=self.metavar, rich_help_panel=panel, show_default=False, **parser)
+        return inspect.Parameter(self.parameter, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[self.kind | None, info])
+
+
+FLAGS = {
+    "Model and data": (
+        Flag("--model", "model", str, "Hugging Face id, local folder (safetensors), or an embedded model: demo, toy.", "ID|FOLDER"),
+        Flag("--new-head", "new_head", bool, "Train a new head although the model has one."),
+        Flag("--data", "data.data", str, "CSV, TSV, JSONL or Parquet file, image folder, or `datasets` name or folder.", "SOURCE"),
+        Flag("--validation", "data.validation", str, "Validation data; default: split off, seeded.", "SOURCE"),
+        Flag("--test", "data.test", str, "Test data; default: split off, seeded.", "SOURCE"),
+        Flag("--calibration", "data.calibration", str, "Calibration data; default: taken out of train.", "SOURCE"),
+        Flag("--text-column", "data.text_columns", list[str], "Column of the texts; twice for pairs.", "NAME"),
+        Flag("--image-column", "data.image_column", str, "Column of the images or their paths.", "NAME"),
+        Flag("--label-column", "data.label_column", str, "Column of the labels.", "NAME"),
+        Flag("--max-length", "data.max_length", int, "Tokens per text; default: 95th percentile of train, rounded up to 8.", "N"),
+        Flag("--task", "task", str, "What the labels are: classification, regression.", "NAME"),
+        Flag("--metric", "metric", str, "accuracy, f1, auc, …; default: the task's first.", "NAME"),
+    ),
+    "Device": (
+        Flag("--device", "device", str, "Device to compile for; `nascompile devices` lists them.", "NAME"),
+        Flag("--backend", "backend", str, "Runtime; default: the device's first.", "NAME"),
+        Flag("--threads", "threads", int, "Threads of one engine.", "N"),
+        Flag("--tables", "tables", str, "Folder of latency tables looked into first.", "FOLDER"),
+        Flag("--allow-foreign", "allow_foreign", bool, "Use a table taken in another environment; every result says so."),
+    ),
+    "Budgets (one at least)": (
+        Flag("--max-drop", "budgets.max_drop", float, "Points of the metric an engine may lose against the baseline.", "POINTS"),
+        Flag("--latency-ms", "budgets.latency_ms", float, "Milliseconds per call.", "MS"),
+        Flag("--size-mb", "budgets.size_mb", float, "Megabytes of weights.", "MB"),
+        Flag("--macs-m", "budgets.macs_m", float, "Millions of multiply-accumulates per call.", "M"),
+    ),
+    "Training": (
+        Flag("--epochs", "finetune.epochs", int, "Epochs of the super-network.", "N"),
+        Flag("--teacher-epochs", "finetune.teacher_epochs", int, "Epochs of plain fine-tuning before it.", "N"),
+        Flag("--batch-size", "finetune.batch_size", int, "Samples a step.", "N"),
+        Flag("--learning-rate", "finetune.learning_rate", float, "Peak of AdamW; default: from the hidden size.", "RATE"),
+        Flag("--class-weights/--no-class-weights", "finetune.class_weights", bool, "Weigh the loss by inverse class frequency."),
+        Flag("--time", "minutes", float, "Wall-clock limit for the run, shared out over the stages.", "30m"),
+        Flag("--seed", "seed", int, "Of everything drawn at random.", "N"),
+    ),
+    "Search": (
+        Flag("--searcher", "search.searcher", str, "nsga2, random, …", "NAME"),
+        Flag("--evaluations", "search.evaluations", int, "Candidates scored at most.", "N"),
+        Flag("--top-k", "measure.top_k", int, "Candidates built and measured.", "N"),
+    ),
+}
+"""Help panel ▸ flags."""
+
+Out = Annotated[Path | None, typer.Option("--out", help="Run folder.", metavar="runs/NAME", show_default="runs/<model name>")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+RecipeFile = Annotated[Path | None, typer.Argument(metavar="RECIPE", help="TOML file of settings; flags override it.", show_default=False)]
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with one more parameter per flag; it gets the given ones as `given`: setting ▸ value."""
+    flags = [(flag, panel) for panel, group in FLAGS.items() for flag in group]
+
+    @functools.wraps(command)
+    def wrapped(**values: Any) -> None:
+        found = {flag.setting: values.pop(flag.parameter) for flag, _ in flags}
+        command(**values, given={setting: value for setting, value in found.items() if value is not None and value != []})
+
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "given"]
+    parameters = [*(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own), *(flag.option(panel) for flag, panel in flags)]
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapped
+
+
+# ---------------------------------------------------------------------------------------------- the pipeline
+
+
+@app.command()
+@with_settings
+def run(
+    given: Mapping[str, Any],
+    recipe: RecipeFile = None,
+    out: Out = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say steps, minutes and disk space; do nothing.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run the whole pipeline, or go on with it; without arguments on the embedded demo."""
+    chosen, folder = recipe_and_folder(recipe, out, given)
+    if dry_run:
+        return _print_plan(chosen, folder, as_json)
+    _run(chosen, folder, "report", quiet)
+    if as_json:
+        from nascompile import report
+
+        return _print_json(report.summary(folder))
+    _print_closing(folder)
+
+
+def _stage_command(stage: str) -> Callable[..., None]:
+    @with_settings
+    def command(given: Mapping[str, Any], recipe: RecipeFile = None, out: Out = None, as_json: Json = False, quiet: Quiet = False) -> None:
+        chosen, folder = recipe_and_folder(recipe, out, given)
+        _run(chosen, folder, stage, quiet)
+        _print_stage(folder, stage, as_json)
+
+    return command
+
+
+@with_settings
+def build(
+    given: Mapping[str, Any],
+    recipe: RecipeFile = None,
+    candidate: Annotated[int | None, typer.Option("--candidate", help="Number of a candidate of the finished front.", metavar="N")] = None,
+    out: Out = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Build the front's best candidates, or one more of a finished front."""
+    chosen, folder = recipe_and_folder(recipe, out, given)
+    if candidate is None:
+        _run(chosen, folder, "build", quiet)
+        return _print_stage(folder, "build", as_json)
+    if given or recipe:
+        raise RecipeError("--candidate takes its settings from the run", hint=f"nascompile build --out {folder} --candidate {candidate}")
+    from nascompile import pipeline
+
+    with _progress(quiet) as progress, redirect_stdout(sys.stderr):
+        engine = pipeline.build_candidate(folder, candidate, progress)
+    if as_json:
+        return _print_json({"run": str(folder), "candidate": candidate, "engine": str(engine)})
+    typer.echo(engine)
+
+
+for _stage, _help in STAGES.items():
+    app.command(_stage, help=_help)(build if _stage == "build" else _stage_command(_stage))
+
+
+def recipe_and_folder(path: Path | None, out: Path | None, given: Mapping[str, Any]) -> tuple[Recipe, Path]:
+    """What to run and where: flags over the recipe file, else over the run folder's own recipe, else over the defaults."""
+    from nascompile import records, settings
+
+    stored = out / "recipe.json" if out else None
+    if path:
+        recipe = settings.from_toml(path, given)
+    elif stored and stored.exists() and "model" not in given:
+        recipe = settings.replace(records.load(stored, settings.Recipe), given)
+    else:
+        recipe = settings.replace(_defaults(given), given)
+    return recipe, out or Path("runs") / Path(recipe.model).name
+
+
+def _defaults(given: Mapping[str, Any]) -> Recipe:
+    """The embedded model's recipe where one is meant (its own budget only if none is given), else the plain defaults."""
+    import msgspec
+
+    from nascompile import settings
+
+    model = given.get("model", settings.TOY if given.get("device") == "fake" else settings.DEMO)
+    embedded = {settings.DEMO: settings.demo_recipe, settings.TOY: settings.toy_recipe}
+    recipe = embedded[model]() if model in embedded else settings.Recipe(model=model)
+    if "data.data" in given:
+        recipe = settings.Recipe(model=model)
+    if any(setting.startswith("budgets.") for setting in given):
+        recipe = msgspec.structs.replace(recipe, budgets=settings.Budgets())
+    return recipe
+
+
+def _run(recipe: Recipe, out: Path, until: str, quiet: bool) -> None:
+    from nascompile import pipeline
+
+    with _progress(quiet) as progress, redirect_stdout(sys.stderr):  # stdout is ours: libraries may print
+        pipeline.run(recipe, out, until=until, progress=progress)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Progress]:
+    from nascompile.progress import Lines, Silent
+
+    if quiet:
+        yield Silent()
+    elif not sys.stderr.isatty():
+        yield Lines()
+    else:
+        from nascompile.terminal import Bars
+
+        with Bars() as bars:
+            yield bars
+
+
+def _print_plan(recipe: Recipe, out: Path, as_json: bool) -> None:
+    import msgspec
+
+    from nascompile import pipeline
+
+    rows = pipeline.plan(recipe, out)
+    left = [row for row in rows if not row["done"]]
+    total = {unit: sum(row[unit] or 0.0 for row in left) for unit in ("minutes", "disk_mb")}
+    if as_json:
+        return _print_json({"run": str(out), "recipe": msgspec.to_builtins(recipe), "stages": rows, **total})
+    cells = [
+        (row["stage"], row["what"], *(("done", "") if row["done"] else (_number(row["minutes"]), _number(row["disk_mb"])))) for row in rows
+    ]
+    _print_columns(("stage", "what", "minutes", "disk MB"), [*cells, ("", f"to do, in {out}", *(_number(t) for t in total.values()))])
+
+
+def _print_stage(out: Path, stage: str, as_json: bool) -> None:
+    from nascompile import records
+
+    done = records.load(out / "stages" / f"{stage}.json", records.StageDone)
+    files = [str(out / name) for name, _ in done.files]
+    if as_json:
+        return _print_json({"run": str(out), "stage": stage, "seconds": done.seconds, "files": files})
+    if stage == "report":
+        return _print_closing(out)
+    for name in files:
+        typer.echo(name)
+
+
+def _print_closing(out: Path) -> None:
+    """The closing table, then where engine and report are."""
+    from rich.console import Console
+
+    from nascompile import report
+
+    # a pipe has no width of its own; 80 columns would break the rows
+    Console(width=None if sys.stdout.isatty() else 160).print(report.closing_table(out))
+    if engine := report.summary(out).get("engine"):
+        typer.echo(f"engine: {engine}")
+    typer.echo(f"report: {out / 'report.html'}")
+
+
+# ---------------------------------------------------------------------------------------------- devices and tables
+
+
+@app.command()
+def devices(
+    init: Annotated[str, typer.Option("--init", help="Write a profile of this machine under this name.", metavar="NAME")] = "",
+    profiles: Annotated[Path | None, typer.Option("--profiles", help="Folder of profiles looked into first.", metavar="FOLDER")] = None,
+    as_json: Json = False,
+) -> None:
+    """List known devices, what can run here, and why the rest cannot."""
+    from dataclasses import asdict
+
+    from nascompile import targets
+
+    if init:
+        path = targets.init_profile(init, profiles)
+        return _print_json({"profile": str(path)}) if as_json else typer.echo(path)
+    known = targets.known(profiles)
+    if as_json:
+        return _print_json([asdict(device) for device in known])
+    rows = [(d.name, d.kind, ", ".join(d.backends), "yes" if d.runs_here else "no", d.reason) for d in known]
+    _print_columns(("device", "kind", "backends", "runs here", ""), rows)
+
+
+TableFile = Annotated[Path, typer.Argument(metavar="TABLE", help="A latency table (JSON).")]
+
+
+@tables.command()
+def show(
+    table: Annotated[Path | None, typer.Argument(metavar="TABLE", help="A latency table; none: list all.", show_default=False)] = None,
+    folder: Annotated[Path | None, typer.Option("--tables", help="Folder of tables looked into first.", metavar="FOLDER")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print a table's target, error and rows; without TABLE, list the tables there are."""
+    if table is None:
+        return _list_tables(folder, as_json)
+    import msgspec
+
+    found = _table(table)
+    if as_json:
+        return _print_json(msgspec.to_builtins(found))
+    typer.echo(f"{found.target.device}, {found.target.backend}, {found.target.threads} thread(s), taken in {found.seconds:.0f} s")
+    for name, value in found.environment.must_match:
+        typer.echo(f"  {name}: {value}")
+    typer.echo(f"scale {found.scale:.3f}, 90 % interval ± {found.relative_error:.1%}, drift {found.drift:.1%}, {len(found.rows)} rows\n")
+    _print_columns(("ms", "n", "", "operator"), [_row_cells(row) for row in found.rows], right=2)
+
+
+@tables.command()
+def validate(table: TableFile, as_json: Json = False) -> None:
+    """Check that a table is sound and belongs to this machine and these versions."""
+    from nascompile import latency_table, plugins, targets
+
+    found = _table(table)
+    environment = targets.device(found.target.device).environment(found.target, plugins.get("backends", found.target.backend).versions())
+    latency_table.check_environment(found, environment)
+    noisy = sum(row.noisy for row in found.rows)
+    if as_json:
+        facts = {"rows": len(found.rows), "noisy": noisy, "networks": len(found.validation), "relative_error": found.relative_error}
+        return _print_json({"table": str(table), "valid": True, **facts})
+    typer.echo(f"{table}: {len(found.rows)} rows ({noisy} noisy), ± {found.relative_error:.1%} over {len(found.validation)} networks")
+
+
+@tables.command()
+def diff(a: TableFile, b: TableFile, as_json: Json = False) -> None:
+    """Compare two tables, operator by operator."""
+    import msgspec
+
+    from nascompile import latency_table
+
+    left, right = _table(a), _table(b)
+    environment = latency_table.differences(left.environment, right.environment)
+    rows = latency_table.diff(left, right)
+    if as_json:
+        body = [{"operator": msgspec.to_builtins(d.operator), "a_ms": d.a, "b_ms": d.b, "ratio": d.ratio} for d in rows]
+        return _print_json({"environment": [{"field": f, "a": x, "b": y} for f, x, y in environment], "rows": body})
+    for name, x, y in environment:
+        typer.echo(f"{name}: {x} | {y}")
+    cells = [(_number(d.a, 4), _number(d.b, 4), _number(d.ratio, 3), d.operator.label) for d in rows]
+    _print_columns(("a ms", "b ms", "b / a", "operator"), cells, right=3)
+
+
+@tables.command()
+def merge(
+    a: TableFile,
+    b: TableFile,
+    folder: Annotated[Path | None, typer.Option("--tables", help="Folder to write to.", metavar="FOLDER")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a new table with the rows of both, the quieter one where both have it; print its path."""
+    from nascompile import latency_table
+
+    path = latency_table.store(latency_table.merge(_table(a), _table(b)), folder)
+    return _print_json({"table": str(path)}) if as_json else typer.echo(path)
+
+
+@tables.command()
+def export(table: TableFile, as_json: Json = False) -> None:
+    """Print the rows as CSV; with --json, as JSON."""
+    import csv
+
+    rows = [_flat_row(row) for row in _table(table).rows]
+    if as_json:
+        return _print_json(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(sys.stdout, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def _table(path: Path) -> Any:
+    from nascompile import records
+
+    return records.load(path, records.LatencyTable)
+
+
+def _list_tables(folder: Path | None, as_json: bool) -> None:
+    from nascompile import places
+
+    paths = [path for place in places.folders(places.TABLES, folder) for path in sorted(place.glob("*/*.json"))]
+    if as_json:
+        return _print_json([str(path) for path in paths])
+    if not paths:
+        typer.echo("no latency table yet; `nascompile profile` makes one", err=True)
+    for path in paths:
+        typer.echo(path)
+
+
+def _row_cells(row: Any) -> tuple[str, ...]:
+    return _number(row.latency.value, 4), str(row.latency.n), "noisy" if row.noisy else "", row.operator.label
+
+
+def _flat_row(row: Any) -> dict[str, Any]:
+    operator, latency = row.operator, row.latency
+    quantiles = {f"q{100 * level:g}_ms": value for level, value in latency.quantiles}
+    dims = {**dict(operator.dims), **dict(operator.attributes)}
+    cost = {"ms": latency.value, "n": latency.n, **quantiles, "noisy": row.noisy}
+    return {"kind": operator.kind, "precision": operator.precision.name, **dims, **cost}
+
+
+# ---------------------------------------------------------------------------------------------- engines
+
+
+EngineFolder = Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder.")]
+
+
+@app.command()
+def verify(engine: EngineFolder, as_json: Json = False) -> None:
+    """Check the SHA-256 of every file and run the reference sample."""
+    from nascompile import engine as engines
+
+    checks = engines.verify(engine)
+    if as_json:
+        return _print_json({"engine": str(engine), "checks": [check._asdict() for check in checks]})
+    _print_columns(("checked", "found"), checks)
+
+
+@app.command()
+def predict(
+    engine: EngineFolder,
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Texts or image files; @FILE for one a line.")],
+    as_json: Json = False,
+) -> None:
+    """Print the label of every input, one a line; needs no torch."""
+    from nascompile import engine as engines
+
+    samples = [sample for text in inputs for sample in (_lines(Path(text[1:])) if text.startswith("@") else [text])]
+    found = engines.load(engine).predict(samples)
+    if as_json:
+        rows = [{"label": label, "probability": number} if label else {"value": number} for label, number in found]
+        return _print_json([{"input": sample, **row} for sample, row in zip(samples, rows, strict=True)])
+    for label, number in found:
+        typer.echo(label or number)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the inputs: {path}", detail=str(error)) from error
+
+
+# ---------------------------------------------------------------------------------------------- printing
+
+
+def _print_json(body: Any) -> None:
+    typer.echo(json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def _print_columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: int = 0) -> None:
+    """Aligned columns, the first `right` ones to the right; plain text, so that a pipe gets the same."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, *rows):
+        cells = [cell.rjust(width) if i < right else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        typer.echo("  ".join(cells).rstrip())
+
+
+if __name__ == "__main__":
+    main()
