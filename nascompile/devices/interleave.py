@@ -1,8 +1,8 @@
 """Timing several calls against each other so that a machine's drift and its other users hit all of them alike.
 
-Each round visits every call once, in a fresh random order. A visit makes one unrecorded call, which brings the call's data back
-into the caches, then records for about `VISIT` seconds. Calls shorter than `SAMPLE` are recorded in batches, because the clock
-and the interpreter would be a visible part of them; longer ones singly, so that quantiles are those of single calls.
+Each round visits every call once, in a fresh random order. A visit first calls without recording for about `WARM` seconds, until
+the call's data is back in the caches, then records for about `VISIT` seconds. Calls shorter than `SAMPLE` are recorded in batches,
+because the clock and the interpreter would be a visible part of them; longer ones singly, so that quantiles are those of single calls.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ import numpy as np
 
 from nascompile.records import Quantity
 
-VISIT = 2e-3
+WARM = 5e-3
+"""An engine in use runs again and again, its weights where the caches keep them. One call does not get them there: a network of
+7 MB took 25 % longer in its second call after others had run than in its tenth, on a processor with 2 MB of L2."""
+VISIT = 1e-2
 SAMPLE = 1e-4
 LEVELS = (0.1, 0.25, 0.5, 0.9, 0.99)
-STATISTIC = 0.1
-"""The value of a timed quantity. A busy neighbour only ever adds time, so the low end is the machine's own; the minimum
-itself falls with the number of samples, the tenth percentile does not, and it holds while one call in ten runs undisturbed."""
+STATISTIC = 0.25
+"""The value of a timed quantity: the lower quartile. A busy neighbour only ever adds time, so the low end is the machine's own, and
+the quartile holds while one call in four runs undisturbed. Lower quantiles (and the minimum, which also falls with the number of
+samples) are what a short call reaches by luck more often than a long one: sums of rows then predict networks worse."""
 ROUNDS = 10
 """Fewest rounds: samples of fewer visits would share the same disturbance."""
 CAP = 4.0
@@ -34,6 +38,8 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class _Plan:
+    warm: int
+    """Unrecorded calls at the start of a visit."""
     samples: int
     """Samples per visit."""
     calls: int
@@ -62,7 +68,7 @@ def interleave(
 
 
 def quantity(samples: Sequence[float], kind: Literal["measured", "simulated"]) -> Quantity:
-    """Samples in seconds ▸ ms with quantiles; the value is the tenth percentile."""
+    """Samples in seconds ▸ ms with quantiles; the value is the lower quartile."""
     levels = np.quantile(np.asarray(samples) * 1e3, LEVELS)
     quantiles = tuple((level, float(value)) for level, value in zip(LEVELS, levels, strict=True))
     return Quantity(value=dict(quantiles)[STATISTIC], unit="ms", kind=kind, n=len(samples), quantiles=quantiles)
@@ -73,11 +79,12 @@ def _plan(call: Call, clock: Callable[[], float]) -> _Plan:
     call()
     once = max(min(_timed(call, 1, clock) for _ in range(2)), 1e-9)
     batch = max(1, math.ceil(SAMPLE / once))
-    return _Plan(samples=max(1, round(VISIT / (once * batch))), calls=batch)
+    return _Plan(warm=max(1, round(WARM / once)), samples=max(1, round(VISIT / (once * batch))), calls=batch)
 
 
 def _visit(call: Call, plan: _Plan, clock: Callable[[], float]) -> list[float]:
-    call()
+    for _ in range(plan.warm):
+        call()
     return [_timed(call, plan.calls, clock) for _ in range(plan.samples)]
 
 
