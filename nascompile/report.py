@@ -298,8 +298,8 @@ def _describe(point: Candidate) -> str:
         groups.setdefault(gene.rpartition(".")[2], []).append(str(value))
     text = " · ".join(f"{name} {' '.join(values)}" for name, values in groups.items())
     for _, genes in point.precision[:1]:
-        counts = Counter(value for _, value in genes)
-        text += "; " + ", ".join(f"{count} {'block' if count == 1 else 'blocks'} {name}" for name, count in sorted(counts.items())) if counts else ""
+        counts = sorted(Counter(value for _, value in genes).items())
+        text += "; " * bool(counts) + ", ".join(f"{count} {'block' if count == 1 else 'blocks'} {name}" for name, count in counts)
     return text
 
 
@@ -380,18 +380,21 @@ def _prediction(records: RunRecords, engines: list[Json]) -> Json:
         predicted, measured = stated.get(e["name"], (interval["value"] if interval else None, median))
         if predicted and measured:
             low, high = (interval["low"], interval["high"]) if interval else (None, None)
-            rows.append(_residual(e["title"], predicted, measured, low, high) | {"engine": e["name"], "role": e["role"], "chosen": e["chosen"]})
+            which = {"engine": e["name"], "role": e["role"], "chosen": e["chosen"]}
+            rows.append(_residual(e["title"], predicted, measured, low, high) | which)
     networks, table = [], records.table
     for r in table.validation if table else ():
         half = r.predicted_ms * table.relative_error if table else 0.0
         networks.append(_residual(r.candidate.id, r.predicted_ms, _ms(r.measured), r.predicted_ms - half, r.predicted_ms + half))
     missing = [] if table else _absent("table.json")
+    missing += [] if rows else _absent("engines", "measurements")
+    missing += [] if records.correction else _absent("correction.json")
     return {
         "engines": rows, "networks": networks, "mape_engines": _mape(rows), "mape_networks": _mape(networks),
         "relative_error": table.relative_error if table else None,
         "factor": records.correction.factor if records.correction else None,
         "spread": records.correction.spread if records.correction else None,
-        "missing": missing + ([] if rows else _absent("engines", "measurements")) + ([] if records.correction else _absent("correction.json")),
+        "missing": missing,
     }  # fmt: skip
 
 
@@ -424,7 +427,8 @@ def _operators(records: RunRecords, engines: list[Json]) -> Json:
     facts = {e["name"]: e for e in engines}
     found = []
     for manifest in shown:
-        blocks, unknown = [], []
+        blocks: list[Json] = []
+        unknown = []
         for node in manifest.graph.nodes if manifest.graph else ():
             if row := rows.get(node.operator):
                 blocks.append(
@@ -444,7 +448,8 @@ def _operators(records: RunRecords, engines: list[Json]) -> Json:
                 "total_ms": math.fsum(kinds.values()), "measured_ms": (facts[manifest.name]["measured"] or {}).get("p50"),
             }
         )  # fmt: skip
-    return {"missing": [], "engines": found, "kinds": list(dict.fromkeys(b["kind"] for e in found for b in e["blocks"])), "scale": records.table.scale}
+    names = list(dict.fromkeys(b["kind"] for e in found for b in e["blocks"]))
+    return {"missing": [], "engines": found, "kinds": names, "scale": records.table.scale}
 
 
 def _architecture(records: RunRecords) -> Json:
@@ -453,7 +458,7 @@ def _architecture(records: RunRecords) -> Json:
     if chosen is None or chosen.graph is None:
         return {"missing": _absent("choice.json", "engines"), "blocks": []}
     whole = next((m.graph for m in (records.engine("baseline"), records.engine("uniform")) if m and m.graph), chosen.graph)
-    full = {g.name: max(g.choices) for g in chosen.space.genes if g.kind == "architecture"} if chosen.space else {}
+    full = {g.name: max(map(int, g.choices)) for g in chosen.space.genes if g.kind == "architecture"} if chosen.space else {}
     own = dict(chosen.candidate.architecture) if chosen.candidate else {}
     kept = {node.name: node for node in chosen.graph.nodes}
     blocks = []
@@ -463,7 +468,7 @@ def _architecture(records: RunRecords) -> Json:
         blocks.append(
             {
                 "block": node.name, "title": _block_title(node.name), "kind": node.operator.kind, "kept": mine is not None,
-                "fraction": math.prod(value / int(most) for _, value, most in sizes) if mine else 0.0,
+                "fraction": math.prod((value / most for _, value, most in sizes), start=1.0) if mine else 0.0,
                 "sizes": [{"name": name, "kept": value, "full": most} for name, value, most in sizes],
                 "precision": mine.operator.precision.name if mine else "",
                 "parameters": mine.parameters if mine else 0, "size_bytes": mine.size_bytes if mine else 0,
@@ -472,9 +477,10 @@ def _architecture(records: RunRecords) -> Json:
         )  # fmt: skip
     layers = [{n.name.split(".")[1] for n in g.nodes if n.name.startswith("layers.")} for g in (chosen.graph, whole)]
     return {
-        "missing": [] if whole is not chosen.graph else ["a full network to compare with (engine `baseline`)"],
+        "missing": [] if whole is not chosen.graph else ["a full network to compare with (engine baseline)"],
         "engine": chosen.name, "candidate": _candidate(chosen.candidate) if chosen.candidate else None, "blocks": blocks,
-        "layers_kept": len(layers[0]), "layers_full": len(layers[1]), "precisions": list(dict.fromkeys(b["precision"] for b in blocks if b["kept"])),
+        "layers_kept": len(layers[0]), "layers_full": len(layers[1]),
+        "precisions": list(dict.fromkeys(b["precision"] for b in blocks if b["kept"])),
     }  # fmt: skip
 
 
@@ -503,9 +509,10 @@ def _environment(records: RunRecords) -> Json:
         return {"missing": _absent("measurements"), "must_match": {}, "recorded": {}, "target": {}, "versions": {}}
     engine = records.engine("chosen") or records.engine("baseline")
     target = records.table.target if records.table else engine.target if engine else None
+    shown = _flat(msgspec.to_builtins(target) | {"session": dict(target.session)}) if target else {}
     return {
         "missing": [], "must_match": dict(found[0].must_match), "recorded": dict(found[0].recorded),
-        "target": {k: v for k, v in _flat(msgspec.to_builtins(target)).items() if v not in (0, [0, 0])} if target else {}, "versions": dict(engine.versions) if engine else {},
+        "target": {k: v for k, v in shown.items() if v not in (0, [0, 0])}, "versions": dict(engine.versions) if engine else {},
     }  # fmt: skip
 
 
@@ -524,10 +531,11 @@ def _reproduce(records: RunRecords) -> Json:
     if records.recipe:
         commands.append(("The whole run, from the recipe below saved as recipe.toml", f"nascompile run recipe.toml --out {folder}"))
     if chosen := records.engine("chosen"):
-        engine = shlex.quote(str(records.folder / "engines" / chosen.name))
+        path = str(records.folder / "engines" / chosen.name)
+        engine = shlex.quote(path)
         commands.append(("Check the engine's files and its reference sample", f"nascompile verify {engine}"))
         commands.append(("Run the engine with the runtime and NumPy alone", f"python {engine}/run.py"))
-        commands.append(("Use it from Python", f'import nascompile; nascompile.load("{records.folder / "engines" / chosen.name}").predict(samples)'))
+        commands.append(("Use it from Python", f"import nascompile; nascompile.load({path!r}).predict(samples)"))
     commands.append(("This report again", f"nascompile report {folder}"))
     recipe = {key: value for key, value in records.recipe.items() if key not in ("command", "note")}
     return {
@@ -582,7 +590,9 @@ def number(value: float | None) -> str:
     if value is None:
         return "–"
     size = abs(value)
-    return f"{value:,.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 0.1 or not value else f"{value:.2g}"
+    if size >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 0.1 or not value else f"{value:.2g}"
 
 
 def signed(value: float | None, digits: int = 2) -> str:
@@ -590,8 +600,9 @@ def signed(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:+.{digits}f}".replace("-", "−")
 
 
-def megabytes(value: float | None) -> str:
-    return "–" if value is None else f"{number(value / 1e6)} MB"
+def file_size(value: float | None) -> str:
+    """In MB, below 0.1 MB in kB (powers of ten)."""
+    return "–" if value is None else f"{number(value / 1e3)} kB" if value < 1e5 else f"{number(value / 1e6)} MB"
 
 
 def count(value: float | None) -> str:
@@ -678,7 +689,7 @@ def _templates(*, html: bool) -> Any:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False,
     )  # fmt: skip
     found.filters |= {
-        "number": number, "signed": signed, "megabytes": megabytes, "count_si": count, "duration": duration, "interval": _interval,
+        "number": number, "signed": signed, "file_size": file_size, "count_si": count, "duration": duration, "interval": _interval,
         "latency": _latency, "rate": _rate, "times": _times, "score": _score, "plain": _plain_value, "code": _code, "verbatim": Code,
     }  # fmt: skip
     return found

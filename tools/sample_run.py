@@ -12,6 +12,7 @@ import itertools
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from nascompile import records, space as spaces
@@ -68,8 +69,8 @@ def space_of(layers: int) -> SearchSpace:
         requires = (("depth", place + 1),) if place >= layers // 2 else ()
         genes.append(Gene(name=f"layers.{i}.heads", kind="architecture", choices=(2, 3, 4, 5), requires=requires))
         genes.append(Gene(name=f"layers.{i}.width", kind="architecture", choices=(160, 320, 480, 640), requires=requires))
-        for kind in ("attention", "mlp"):
-            genes.append(Gene(name=f"layers.{i}.{kind}.precision", kind="precision", choices=("fp32", "int8"), requires=requires))
+        names = (f"layers.{i}.{kind}.precision" for kind in ("attention", "mlp"))
+        genes.extend(Gene(name=name, kind="precision", choices=("fp32", "int8"), requires=requires) for name in names)
     return SearchSpace(
         family="vit", model_digest="synthetic", genes=tuple(genes), precisions=(FLOAT32, INT8), targets=(TARGET.id,), layer_order=order
     )
@@ -109,7 +110,7 @@ def row_ms(op: Operator) -> float:
     """An invented cost: a constant and a part that grows with the width, less in INT8."""
     speed = 0.32 if op.precision == INT8 else 1.0
     own = {"attention": lambda: 0.04 + 0.027 * op.dim("heads"), "mlp": lambda: 0.03 + 0.00034 * op.dim("width")}
-    return own[op.kind]() * speed + 0.01 if op.kind in own else {"embedding": 0.08, "head": 0.02}[op.kind]
+    return float(own[op.kind]() * speed + 0.01) if op.kind in own else {"embedding": 0.08, "head": 0.02}[op.kind]
 
 
 def table_of(space: SearchSpace, rng: np.random.Generator) -> LatencyTable:
@@ -123,8 +124,8 @@ def table_of(space: SearchSpace, rng: np.random.Generator) -> LatencyTable:
     for _ in range(12):
         point = spaces.sample(space, rng)
         predicted = predict(space, point)
-        measured = predicted * float(rng.normal(1, ERROR / 1.8))
-        networks.append(Residual(candidate=point, predicted_ms=predicted, measured=Quantity(value=measured, unit="ms", kind="measured", n=300)))
+        measured = Quantity(value=predicted * float(rng.normal(1, ERROR / 1.8)), unit="ms", kind="measured", n=300)
+        networks.append(Residual(candidate=point, predicted_ms=predicted, measured=measured))
     return LatencyTable(
         target=TARGET, environment=ENVIRONMENT, rows=rows, validation=tuple(networks), scale=1.02, relative_error=ERROR, seconds=41.0
     )
@@ -137,7 +138,7 @@ def predict(space: SearchSpace, point: Candidate) -> float:
 def score_of(value: float, n: int, rng: np.random.Generator) -> Score:
     """A percentage of n samples with its binomial error."""
     value = float(np.clip(value, 0, 100))
-    right = tuple(float(x) for x in (rng.permutation(n) < n * value / 100))
+    right = tuple(float(x) for x in rng.permutation(n) < n * value / 100)
     stderr = 100 * float(np.sqrt(value / 100 * (1 - value / 100) / n))
     return Score(
         metric="accuracy", direction="maximize", value=value, n=n, stderr=stderr, split_digest="synthetic", weights_digest="synthetic",
@@ -150,13 +151,13 @@ def accuracy_of(space: SearchSpace, point: Candidate) -> float:
     blocks = graph(space, point).nodes
     kept = sum(node.parameters for node in blocks) / sum(node.parameters for node in graph(space, spaces.largest(space)).nodes)
     integers = sum(node.operator.precision == INT8 for node in blocks) / len(blocks)
-    return 91.6 - 6.0 * (1 - kept) ** 2.6 - 0.35 * integers
+    return 91.6 - 6.0 * float((1 - kept) ** 2.6) - 0.35 * integers
 
 
 def evaluation(space: SearchSpace, point: Candidate, rng: np.random.Generator) -> Evaluation:
     """What the search would have written for a candidate."""
     nodes, latency = graph(space, point).nodes, predict(space, point)
-    score = score_of(accuracy_of(space, point) + float(rng.normal(0, 0.15)), 1000, rng)
+    score = msgspec.structs.replace(score_of(accuracy_of(space, point) + float(rng.normal(0, 0.15)), 1000, rng), per_sample=())
     return Evaluation(
         candidate=point, score=score, latency=interval(latency), size_bytes=sum(n.size_bytes for n in nodes),
         parameters=sum(n.parameters for n in nodes), macs=sum(n.macs for n in nodes), seconds=0.2,
@@ -189,8 +190,8 @@ def write(folder: Path, layers: int = 6, seed: int = 0) -> Path:
         scored.append(evaluation(space, spaces.candidate(space, genome), rng))
     front = non_dominated(scored)
     # a choice that drops a layer and keeps a block in FP32, so that the drawing has one of each
-    good = [e for e in front if e.score.value >= 90.8 and e.candidate.value("depth") < layers and "fp32" in dict(e.candidate.precision[0][1]).values()]
-    good = good or front[-1:]
+    mixed = [e for e in front if e.candidate.value("depth") < layers and "fp32" in dict(e.candidate.precision[0][1]).values()]
+    good = [e for e in mixed if e.score.value >= 90.8] or mixed[-1:] or front[-1:]
     picks = [good[0], *(e for e in (front[len(front) // 2], front[-1]) if e is not good[0])]
 
     records.save(table, folder / "table.json")
@@ -215,12 +216,13 @@ def write(folder: Path, layers: int = 6, seed: int = 0) -> Path:
     )
     records.save(correction, folder / "correction.json")
     choice = Choice(
-        engine="candidate-1", reason="the fastest engine within 1 point of the baseline on validation", budgets=(Budget(metric="drop", bound=1.0),),
+        engine="candidate-1", reason="the fastest engine within 1 point of the baseline on validation",
+        budgets=(Budget(metric="drop", bound=1.0),),
         ranking=tuple(name for name, role, _ in engines if role == "candidate"), rejected=(("candidate-2", "slower at the same accuracy"),),
     )  # fmt: skip
     records.save(choice, folder / "choice.json")
     records.save(_test(choice, tests[:3]), folder / "test.json")
-    pairs = [[e.candidate.id, e.score.value, e.score.value + float(rng.normal(0, 0.12))] for e in scored[:20]]
+    pairs = [(e.candidate.id, e.score.value, e.score.value + float(rng.normal(0, 0.12))) for e in scored[:20]]
     _plain(
         folder / "agreement.json",
         {"n": 20, "mean_absolute_points": float(np.mean([abs(a - b) for _, a, b in pairs])), "kendall_tau": _tau(pairs), "pairs": pairs},
@@ -245,8 +247,8 @@ def _volume(front: list[Evaluation]) -> float:
     return float(sum(max(0.0, edge - e.latency.value) * max(0.0, e.score.value - 80) for e, edge in zip(front, edges, strict=True)))
 
 
-def _tau(pairs: list[list[object]]) -> float:
-    signs = [np.sign((a[1] - b[1]) * (a[2] - b[2])) for a, b in itertools.combinations(pairs, 2)]  # type: ignore[operator]
+def _tau(pairs: list[tuple[str, float, float]]) -> float:
+    signs = [np.sign((a[1] - b[1]) * (a[2] - b[2])) for a, b in itertools.combinations(pairs, 2)]
     return float(np.mean(signs))
 
 
@@ -265,9 +267,8 @@ def _manifest(space: SearchSpace, table: LatencyTable, name: str, role: str, poi
 
 def _measurement(name: str, p50: float, score: Score) -> Measurement:
     quantiles = ((0.1, p50 * 0.98), (0.5, p50), (0.9, p50 * 1.06), (0.99, p50 * 1.22))
-    throughput = tuple(
-        (batch, Quantity(value=1000 / p50 * gain, unit="samples/s", kind="measured", n=10)) for batch, gain in ((1, 0.97), (8, 1.12), (32, 1.05))
-    )
+    gains = ((1, 0.97), (8, 1.12), (32, 1.05))
+    throughput = tuple((batch, Quantity(value=1000 / p50 * gain, unit="samples/s", kind="measured", n=10)) for batch, gain in gains)
     return Measurement(
         engine=name, latency=Quantity(value=p50, unit="ms", kind="measured", n=1200, quantiles=quantiles), throughput=throughput,
         peak_memory_bytes=61_000_000, environment=ENVIRONMENT, score=score,
@@ -276,11 +277,11 @@ def _measurement(name: str, p50: float, score: Score) -> Measurement:
 
 def _test(choice: Choice, scores: list[tuple[str, Score]]) -> TestResult:
     values = {name: score.value for name, score in scores}
+    changes = {name: values["candidate-1"] - values[name] for name in ("baseline", "uniform-int8")}
     differences = tuple(
-        Difference(engine="candidate-1", reference=name, value=values["candidate-1"] - values[name], low=values["candidate-1"] - values[name] - 0.62,
-                   high=values["candidate-1"] - values[name] + 0.58)
-        for name in ("baseline", "uniform-int8")
-    )  # fmt: skip
+        Difference(engine="candidate-1", reference=name, value=change, low=change - 0.62, high=change + 0.58)
+        for name, change in changes.items()
+    )
     return TestResult(choice_digest=records.digest(choice), scores=tuple(scores), differences=differences)
 
 

@@ -70,7 +70,7 @@
     const traces = [diagonal(all)];
     if (p.networks.length) traces.push(trace("validation networks of the table", p.networks, {size: 7, color: colour("fourth"), symbol: "circle"}, colour("fourth")));
     if (p.engines.length) traces.push(trace("engines of this run", p.engines, {
-      size: p.engines.map(r => r.chosen ? 16 : 11), symbol: p.engines.map(r => MARKS[mark(r)]), color: colour("accent"), line: {width: 1.5, color: colour("accent")},
+      size: p.engines.map(r => r.chosen ? 16 : 11), symbol: p.engines.map(r => MARKS[mark(r)]), color: colour("accent"), opacity: 1, line: {width: 1.5, color: colour("accent")},
     }, colour("accent")));
     return [traces, layout({xaxis: axis("predicted, ms"), yaxis: axis("measured p50, ms")})];
   }
@@ -105,7 +105,7 @@
       type: "scatter", mode: "markers", name: "whole engine, measured p50", x: measured.map(e => e.measured_ms), y: measured.map(e => text(e.title)),
       marker: {symbol: "diamond", size: 12, color: colour("ink"), line: {width: 2, color: colour("card")}}, hovertext: measured.map(e => `<b>${text(e.title)}</b><br>measured p50 ${ms(e.measured_ms)}`), hoverinfo: "text",
     });
-    return [traces, layout({barmode: "stack", bargap: 0.35, xaxis: axis("ms of one call, predicted from the table", {rangemode: "tozero"}), yaxis: axis("", {autorange: "reversed", showgrid: false, type: "category"}), margin: {l: 20, r: 12, t: 10, b: 48}})];
+    return [traces, layout({barmode: "stack", bargap: 0.35, xaxis: axis("predicted ms of one call", {rangemode: "tozero"}), yaxis: axis("", {autorange: "reversed", showgrid: false, type: "category"}), margin: {l: 20, r: 12, t: 10, b: 48}, ...(narrow() ? {legend: {orientation: "h", x: 0, xref: "container", y: 0, yref: "container", yanchor: "bottom", font: {color: colour("ink")}}} : {})})];
   }
 
   function search() {
