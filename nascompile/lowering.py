@@ -177,7 +177,7 @@ def lower(
     backend: Backend,
     keep: Path | None = None,
 ) -> onnx.ModelProto:
-    """The candidate's graph for one backend; `weights`: the largest network's state dict; `keep`: a folder for the graph after each pass."""
+    """The candidate's graph for one backend; `weights`: the largest network's state dict; `keep`: folder for the graph after each pass."""
     segments = network.kept(family, config, space, candidate)
     shapes = network.sliced_shapes(family, config, network.values(family, config, space, candidate))
     precisions = {s.name: network.block_precision(space, candidate, s, target.id) for s in segments}

@@ -69,10 +69,10 @@ class FuseAttention:
 def _core(graph: Graph, softmax: onnx.NodeProto, context: PassContext) -> _Core:
     name = softmax.name.rpartition("/")[0]
     mask, scale = "", 1.0
-    scores = graph.producer[softmax.input[0]]
+    scores = _before(graph, softmax.input[0])
     while scores.op_type != "MatMul":
         if scores.op_type == "Add" and not mask:
-            mask = next((t for t in scores.input if graph.producer[t].op_type not in _SCORES and _reads_mask(graph, t)), "")
+            mask = next((t for t in scores.input if _made_by(graph, t) not in _SCORES and _reads_mask(graph, t)), "")
             if not mask:
                 raise UnsupportedError(f"attention adds something that is no padding mask: {scores.name}")
             following = next(t for t in scores.input if t != mask)
@@ -81,7 +81,7 @@ def _core(graph: Graph, softmax: onnx.NodeProto, context: PassContext) -> _Core:
             scale *= factor
         else:
             raise UnsupportedError(f"unknown node before softmax: {scores.op_type} {scores.name}")
-        scores = graph.producer[following]
+        scores = _before(graph, following)
     query, query_scale, shape = _projection(graph, scores.input[0])
     key, key_scale, _ = _projection(graph, scores.input[1])
     product = _reader(graph, softmax.output[0], "MatMul", _TRANSPARENT, name)
@@ -97,7 +97,7 @@ def _core(graph: Graph, softmax: onnx.NodeProto, context: PassContext) -> _Core:
 def _projection(graph: Graph, tensor: str) -> tuple[str, float, str]:
     """(the linear's output that was split into heads, constant factor on the way, shape tensor of the split)."""
     scale, shape = 1.0, ""
-    while (node := graph.producer[tensor]).op_type in (*_LAYOUT, "Mul", "Div"):
+    while (node := _before(graph, tensor)).op_type in (*_LAYOUT, "Mul", "Div"):
         if node.op_type in _LAYOUT:
             tensor = node.input[0]
             shape = node.input[1] if node.op_type == "Reshape" else shape
@@ -105,6 +105,17 @@ def _projection(graph: Graph, tensor: str) -> tuple[str, float, str]:
             tensor, factor = _scalar(graph, node)
             scale *= factor
     return tensor, scale, shape
+
+
+def _before(graph: Graph, tensor: str) -> onnx.NodeProto:
+    if tensor not in graph.producer:
+        raise UnsupportedError(f"attention of an unknown form, it starts at {tensor}")
+    return graph.producer[tensor]
+
+
+def _made_by(graph: Graph, tensor: str) -> str:
+    node = graph.producer.get(tensor)
+    return node.op_type if node is not None else ""
 
 
 def _scalar(graph: Graph, node: onnx.NodeProto) -> tuple[str, float]:

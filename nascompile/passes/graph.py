@@ -140,10 +140,10 @@ def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
 def linear_weight(graph: Graph, tensor: str, parameters: Iterable[str]) -> str:
     """The parameter whose product the tensor is, at most a bias away."""
     names = set(parameters)
-    node = graph.producer[tensor]
-    if node.op_type == "Add":
-        node = next(p for name in node.input if (p := graph.producer.get(name)) is not None)
-    if node.op_type == "MatMul":
+    node = graph.producer.get(tensor)
+    if node is not None and node.op_type == "Add":
+        node = next((p for name in node.input if (p := graph.producer.get(name)) is not None), None)
+    if node is not None and node.op_type == "MatMul":
         source = graph.producer.get(node.input[1])
         weight: str = source.input[0] if source is not None and source.op_type == "Transpose" else node.input[1]
         if weight in names:

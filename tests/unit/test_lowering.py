@@ -1,0 +1,286 @@
+"""Lowering against the torch module and against what network.py says the graph contains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import BertConfig, DistilBertConfig, RobertaConfig, ViTConfig
+
+from nascompile import lowering, network, plugins, space as spaces
+from nascompile.errors import ModelError, RecordError, UnsupportedError
+from nascompile.families.toy import ToyConfig
+from nascompile.quantization import ActivationRanges
+from nascompile.records import Operator, Target
+
+TEXT = {"vocab_size": 50, "num_labels": 3, "max_position_embeddings": 24}
+SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+CASES = {
+    "vit": ("vit", lambda: ViTConfig(**SIZES, image_size=8, patch_size=4, num_channels=1, num_labels=5)),
+    "bert": ("bert", lambda: BertConfig(**SIZES, **TEXT)),
+    "roberta": ("bert", lambda: RobertaConfig(**SIZES, **TEXT)),
+    "distilbert": ("bert", lambda: DistilBertConfig(dim=64, n_layers=3, n_heads=4, hidden_dim=128, **TEXT)),
+    "toy": ("toy", ToyConfig),
+}
+BACKENDS = ("onnxruntime", "fake")
+
+
+@dataclass
+class Case:
+    family: object
+    config: object
+    model: object
+    backend: object
+    blueprint: object
+    target: Target
+    space: object
+    ranges: ActivationRanges
+
+    @property
+    def weights(self):
+        return {name: p.detach().numpy() for name, p in self.model.named_parameters()}
+
+    def lower(self, candidate, **changes):
+        arguments = {"weights": self.weights, "ranges": self.ranges} | changes
+        return lowering.lower(
+            self.blueprint, self.family, self.config, self.space, candidate, self.target, backend=self.backend, **arguments
+        )
+
+    def run(self, model, feed, folder):
+        return self.backend.load(folder, self.backend.build(model, self.target, folder), self.target).run(feed)["logits"]
+
+    def inputs(self, rng, batch=2, sequence=7):
+        feed = {}
+        for spec in self.family.inputs(self.config):
+            shape = [{"batch": batch, "sequence": sequence}.get(d, d) for d in spec.shape]
+            feed[spec.name] = rng.integers(0, spec.high, shape) if spec.high else rng.standard_normal(shape).astype(np.float32)
+        if "attention_mask" in feed:
+            feed["attention_mask"][:] = 1
+            feed["attention_mask"][-1, sequence // 2 :] = 0
+        return feed
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder, found = tmp_path_factory.mktemp("blueprints"), {}
+    for name, (family, config) in CASES.items():
+        plugin = plugins.get("families", family)
+        found[name] = (plugin, config(), lowering.export(plugin, config(), folder))
+    return found
+
+
+def make_case(exports, name, backend):
+    family, config, path = exports[name]
+    torch.manual_seed(3)
+    model = family.create(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # HF starts biases at 0 and norms at 1: errors in them would not show
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    backend = plugins.get("backends", backend)
+    target = Target(device="cpu", backend=backend.name, workload=family.workload(config, 1, 8), session=backend.session())
+    space = network.search_space(family, config, backend, target, "model")
+    sites = sorted(w for s in family.segments(config) if s.scheme == "int8" for w in s.quantizable)
+    ranges = ActivationRanges(method="minmax", sites=tuple((site, -4.0, 4.0) for site in sites))
+    blueprint = lowering.blueprint(family, config, path, backend)
+    return Case(family, config, model, backend, blueprint, target, space, ranges)
+
+
+@pytest.fixture(params=[(name, backend) for name in CASES for backend in BACKENDS], ids="-".join)
+def case(request, exports):
+    return make_case(exports, *request.param)
+
+
+@pytest.fixture
+def bert(exports):
+    return make_case(exports, "bert", "onnxruntime")
+
+
+def test_the_largest_network_computes_what_the_torch_module_computes(case, tmp_path):
+    rng = np.random.default_rng(0)
+    lowered = case.lower(spaces.largest(case.space))
+    for batch, sequence in ((1, 5), (3, 9)):  # not the shapes of the export
+        feed = case.inputs(rng, batch, sequence)
+        with torch.no_grad():
+            want = case.model(**{name: torch.from_numpy(value) for name, value in feed.items()}).logits.numpy()
+        # float32 sums of at most 128 terms near 1, in another order, through 3 layers
+        np.testing.assert_allclose(case.run(lowered, feed, tmp_path), want, atol=1e-5)
+
+
+def test_the_graph_holds_what_the_network_description_says(case):
+    rng = np.random.default_rng(1)
+    points = [spaces.largest(case.space), spaces.uniform(case.space), spaces.smallest(case.space)]
+    for point in points + [spaces.sample(case.space, rng) for _ in range(5)]:
+        lowered = case.lower(point)
+        said = network.graph(case.family, case.config, case.space, point, case.target)
+        found = lowering.describe(lowered, case.family, case.config)
+        assert [(b.name, b.kind) for b in found] == [(n.name, n.operator.kind) for n in said.nodes]
+        for block, node in zip(found, said.nodes, strict=True):
+            assert sum(np.prod(shape, dtype=int) for _, shape in block.weights) == node.parameters, node.name
+            assert bool(block.quantized) == (node.operator.precision.name != "fp32"), node.name
+        heads = [n.operator.dim("heads") for n in said.nodes if n.operator.kind == "attention"]
+        fused = [onnx.helper.get_node_attr_value(n, "num_heads") for n in lowered.graph.node if n.op_type == "MultiHeadAttention"]
+        assert fused == (heads if case.backend.name == "onnxruntime" else [])
+
+
+def test_stored_bytes_are_those_that_the_description_counts(case):
+    point = spaces.uniform(case.space)
+    stored = sum(t.ByteSize() for t in case.lower(point).graph.initializer)
+    said = sum(n.size_bytes for n in network.graph(case.family, case.config, case.space, point, case.target).nodes)
+    # names, zero points, activation grids and position indices come on top: some 100 bytes per tensor
+    assert said < stored < said + 200 * len(case.lower(point).graph.initializer)
+
+
+def test_weights_are_sliced_from_the_front(case, tmp_path):
+    """Garbage behind the kept prefix and in dropped layers must not show."""
+    rng = np.random.default_rng(2)
+    point = spaces.smallest(case.space)
+    kept = {p for s in network.kept(case.family, case.config, case.space, point) for p in s.parameters}
+    shapes = network.sliced_shapes(case.family, case.config, network.values(case.family, case.config, case.space, point))
+    spoilt = {}
+    for name, value in case.weights.items():
+        spoilt[name] = np.full_like(value, np.nan)
+        if name in kept:
+            prefix = tuple(slice(n) for n in shapes[name])
+            spoilt[name][prefix] = value[prefix]
+    feed = case.inputs(rng)
+    clean = case.run(case.lower(point), feed, tmp_path)
+    np.testing.assert_array_equal(case.run(case.lower(point, weights=spoilt), feed, tmp_path), clean)
+
+
+def test_lowering_leaves_the_blueprint_alone_and_repeats_itself(case):
+    before = case.blueprint.model.SerializeToString(deterministic=True)
+    first = case.lower(spaces.uniform(case.space)).SerializeToString(deterministic=True)
+    assert case.lower(spaces.uniform(case.space)).SerializeToString(deterministic=True) == first
+    assert case.blueprint.model.SerializeToString(deterministic=True) == before
+
+
+def test_the_fake_backend_gets_standard_onnx_only(exports):
+    for name in CASES:
+        case = make_case(exports, name, "fake")
+        assert {node.domain for node in case.lower(spaces.uniform(case.space)).graph.node} == {""}
+
+
+def test_onnxruntime_gets_integer_products_and_fused_attention(bert):
+    nodes = [node.op_type for node in bert.lower(spaces.uniform(bert.space)).graph.node]
+    assert nodes.count("MatMulIntegerToFloat") == 3 * 6
+    assert nodes.count("MultiHeadAttention") == 3
+    assert nodes.count("QuantizeLinear") == 3 * 4  # query, key and value share one
+    assert nodes.count("MatMul") == 2  # pooler and classifier stay float
+    assert "DequantizeLinear" not in nodes
+    assert "Softmax" not in nodes
+
+
+def test_node_names_keep_the_module_path(bert):
+    names = {node.name for node in bert.lower(spaces.uniform(bert.space)).graph.node}
+    assert "/bert/encoder/layer.1/attention/self/query/MatMul" in names
+    assert "/bert/encoder/layer.1/attention/self/MultiHeadAttention" in names
+
+
+def test_keep_writes_the_graph_after_each_pass(bert, tmp_path):
+    bert.lower(spaces.uniform(bert.space), keep=tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{i}-{name}.onnx" for i, name in enumerate(lowering.PASSES, 1)]
+    feed = bert.inputs(np.random.default_rng(0))
+    results = []
+    for path in sorted(tmp_path.iterdir())[1:3]:  # from quantize_linear to quantize_table only the table changes: rows off by ≤ half a step
+        results.append(bert.run(onnx.load(path), feed, tmp_path))
+    assert 0 < np.abs(results[0] - results[1]).max() < 0.05
+
+
+def test_the_export_is_made_once(exports, tmp_path, monkeypatch):
+    family, config, path = exports["toy"]
+    first = lowering.export(family, config, tmp_path)
+    assert first.read_bytes() == path.read_bytes()  # nothing random in it
+    monkeypatch.setattr(torch.onnx, "export", None)
+    assert lowering.export(family, config, tmp_path) == first
+    with pytest.raises(TypeError):
+        lowering.export(family, ToyConfig(layers=2), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [first.name]
+
+
+def test_a_blueprint_file_holds_no_weights_and_is_valid(exports):
+    family, config, path = exports["bert"]
+    assert path.stat().st_size < 200_000
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert {i.name for i in model.graph.input} == {s.name for s in family.inputs(config)} | set(family.parameters(config))
+
+
+def test_a_damaged_blueprint_is_named(exports, tmp_path):
+    family, config, path = exports["toy"]
+    (tmp_path / "broken.onnx").write_bytes(path.read_bytes()[:-100] + b"\xff" * 50)
+    with pytest.raises(RecordError, match="broken.onnx"):
+        lowering.blueprint(family, config, tmp_path / "broken.onnx", plugins.get("backends", "fake"))
+
+
+def test_wrong_weights_are_named(bert):
+    point = spaces.largest(bert.space)
+    name = "bert.encoder.layer.0.output.dense.weight"
+    with pytest.raises(ModelError, match=name):
+        bert.lower(point, weights={k: v for k, v in bert.weights.items() if k != name})
+    with pytest.raises(ModelError, match=name):
+        bert.lower(point, weights=bert.weights | {name: bert.weights[name][:, :64]})
+
+
+def test_quantizing_without_ranges_is_refused(bert):
+    with pytest.raises(UnsupportedError, match="no calibrated range"):
+        bert.lower(spaces.uniform(bert.space), ranges=None)
+
+
+# ---------------------------------------------------------------------------------------------- operators
+
+
+def test_every_operator_of_the_space_is_built_as_described(case, tmp_path):
+    """A stack holds `repeat` copies with the operator's sizes, precision, and weights of their own."""
+    for operator in network.operators(case.family, case.config, case.space, case.target):
+        stack = lowering.lower_operator(case.blueprint, case.family, case.config, operator, 3, case.backend, seed=0)
+        runner = case.backend.load(tmp_path, case.backend.build(stack, case.target, tmp_path), case.target)
+        names = {value.name for value in stack.graph.input}
+        feed = {name: value for name, value in case.inputs(np.random.default_rng(0)).items() if name in names}
+        if "hidden" in names:
+            tokens = operator.dim("sequence") if operator.kind == "head" and case.family.name == "vit" else 7
+            shape = [2, *([tokens] if "sequence" in dict(operator.dims) else []), operator.dim("hidden")]
+            feed["hidden"] = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        results = list(runner.run(feed).values())
+        assert len(results) == (1 if operator.kind in ("attention", "mlp") else 3)
+        assert all(np.isfinite(r).all() and 1e-3 < np.abs(r).max() < 100 for r in results)
+        assert len({r.tobytes() for r in results}) == len(results), "copies computed the same: they could be merged"
+        integer = [t for t in stack.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 2]
+        assert bool(integer) == (operator.precision.name != "fp32")
+        if operator.kind == "mlp" and case.family.name != "toy" and operator.dim("width") != 64:
+            first = [tuple(t.dims) for t in stack.graph.initializer if tuple(t.dims) == (64, operator.dim("width"))]
+            assert len(first) == 3
+        if case.backend.name == "onnxruntime" and operator.kind == "attention":
+            fused = [n for n in stack.graph.node if n.op_type == "MultiHeadAttention"]
+            assert [onnx.helper.get_node_attr_value(n, "num_heads") for n in fused] == [operator.dim("heads")] * 3
+            assert [n.op_type for n in stack.graph.node].count("Cast") == (case.family.name == "bert")  # one mask for all copies
+
+
+def test_a_stack_is_a_chain_of_what_a_layer_computes(bert, tmp_path):
+    """A stack's copies, with a layer's weights put into them, compute what the torch layers compute one after the other."""
+    operator = next(
+        n.operator
+        for n in network.graph(bert.family, bert.config, bert.space, spaces.largest(bert.space), bert.target).nodes
+        if n.operator.kind == "mlp"
+    )
+    stack = lowering.lower_operator(bert.blueprint, bert.family, bert.config, operator, 2, bert.backend, seed=0)
+    for tensor in stack.graph.initializer:
+        copy, _, name = tensor.name.removeprefix("copies.").partition(".")
+        value = bert.weights[name.removesuffix(".T").replace("layer.0", f"layer.{copy}")]
+        tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(value.T if name.endswith(".T") else value), tensor.name))
+    x = np.random.default_rng(0).standard_normal((2, 5, 64)).astype(np.float32)
+    runner = bert.backend.load(tmp_path, bert.backend.build(stack, bert.target, tmp_path), bert.target)
+    want = torch.from_numpy(x)
+    with torch.no_grad():
+        for layer in bert.model.bert.encoder.layer[:2]:
+            want = layer.output(layer.intermediate(want), want)
+    np.testing.assert_allclose(runner.run({"hidden": x})["output"], want.numpy(), atol=1e-5)  # float32 sums in another order
+
+
+def test_an_operator_of_another_model_is_refused(bert):
+    foreign = Operator(kind="mlp", dims=(("batch", 1), ("sequence", 8), ("hidden", 64), ("width", 77)))
+    with pytest.raises(UnsupportedError, match="width=77"):
+        lowering.lower_operator(bert.blueprint, bert.family, bert.config, foreign, 2, bert.backend, seed=0)

@@ -1,0 +1,249 @@
+"""Every pass leaves the function of a graph as it was, or as its own definition says; graphs and oracles are made by hand here."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from nascompile import lowering, plugins
+from nascompile.errors import UnsupportedError
+from nascompile.passes import PassContext
+from nascompile.passes.graph import Graph, parameter_of
+
+
+def model_of(nodes, constants, inputs, outputs=("y",), rank=None):
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, rank and [None] * rank) for name in outputs],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def apply(name, model, **context):
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    return plugins.get("passes", name).apply(copied, PassContext(**{"parameters": {}} | context))
+
+
+def reference(model, **feed):
+    return ReferenceEvaluator(model).run(None, feed)
+
+
+def runtime(model, **feed):
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feed)
+
+
+def kinds(model):
+    return [node.op_type for node in model.graph.node]
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(5)
+
+
+def test_every_pass_is_listed_once_and_described():
+    listed = lowering.STRUCTURE_PASSES + lowering.PASSES
+    assert sorted(listed) == sorted(set(listed)) == sorted(plugins.names("passes"))
+    for name in listed:
+        step = plugins.get("passes", name)
+        assert step.name == name
+        assert step.requires
+        assert step.ensures
+        assert "\n" not in step.requires + step.ensures
+
+
+def test_inline_constants(rng):
+    x = rng.standard_normal(4).astype(np.float32)
+    constant = helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(np.float32([1, 2, 3, 4])))
+    model = model_of([constant, helper.make_node("Add", ["x", "c"], ["y"])], {}, {"x": (TensorProto.FLOAT, [4])})
+    after = apply("inline_constants", model)
+    assert kinds(after) == ["Add"]
+    np.testing.assert_array_equal(reference(after, x=x)[0], x + np.float32([1, 2, 3, 4]))
+
+
+def test_split_gemm_keeps_the_function_and_the_module_path(rng):
+    w, b, x = (rng.standard_normal(s).astype(np.float32) for s in ((3, 5), (3,), (2, 5)))
+    gemm = helper.make_node("Gemm", ["x", "w", "b"], ["y"], name="/m/fc/Gemm", transB=1)
+    after = apply("split_gemm", model_of([gemm], {"w": w, "b": b}, {"x": (TensorProto.FLOAT, [2, 5])}))
+    assert [node.name for node in after.graph.node] == ["/m/fc/Transpose", "/m/fc/MatMul", "/m/fc/Add"]
+    np.testing.assert_allclose(reference(after, x=x)[0], x @ w.T + b, atol=1e-6)  # five float32 products
+
+
+@pytest.mark.parametrize("attributes", [{"alpha": 2.0, "transB": 1}, {"beta": 0.5, "transB": 1}, {"transA": 1, "transB": 1}, {}])
+def test_split_gemm_declines_what_is_no_linear_layer(rng, attributes):
+    w = rng.standard_normal((5, 5)).astype(np.float32)
+    gemm = helper.make_node("Gemm", ["x", "w"], ["y"], name="/odd/Gemm", **attributes)
+    with pytest.raises(UnsupportedError, match="/odd/Gemm"):
+        apply("split_gemm", model_of([gemm], {"w": w}, {"x": (TensorProto.FLOAT, [5, 5])}))
+
+
+def linear_model(rng, bias=True, products=1, name="a.weight"):
+    """y{i} = x Wᵀ + b, before fold_linear."""
+    nodes, constants = [], {}
+    for i in range(products):
+        weight = name if products == 1 else f"{'abc'[i]}.weight"
+        constants[weight] = (rng.standard_normal((8, 16)) * 0.3).astype(np.float32)
+        result = f"m{i}" if bias else f"y{i}"
+        nodes.append(helper.make_node("Transpose", [weight], [f"t{i}"], perm=[1, 0]))
+        nodes.append(helper.make_node("MatMul", ["x", f"t{i}"], [result], name=f"/{weight}/MatMul"))
+        if bias:
+            constants[f"b{i}"] = rng.standard_normal(8).astype(np.float32)
+            nodes.append(helper.make_node("Add", [f"b{i}", result], [f"y{i}"]))
+    outputs = [f"y{i}" for i in range(products)]
+    return model_of(nodes, constants, {"x": (TensorProto.FLOAT, ["n", 16])}, outputs, rank=2), constants
+
+
+def test_fold_linear(rng):
+    model, constants = linear_model(rng)
+    after = apply("fold_linear", model)
+    x = rng.standard_normal((3, 16)).astype(np.float32)
+    assert kinds(after) == ["MatMul", "Add"]
+    assert {t.name: tuple(t.dims) for t in after.graph.initializer} == {"a.weight.T": (16, 8), "b0": (8,)}
+    np.testing.assert_allclose(reference(after, x=x)[0], x @ constants["a.weight"].T + constants["b0"], atol=1e-5)
+
+
+def integer_linear(x, weight, bias, low, high):
+    """Static U8S8 linear by its definition, in int64: what an INT8 graph must compute."""
+    step = (high - low) / 255
+    zero = round(-low / step)
+    x_int = np.clip(np.rint(x.astype(np.float64) / step) + zero, 0, 255).astype(np.int64)
+    w_step = np.abs(weight.astype(np.float64)).max(axis=1) / 127
+    w_int = np.rint(weight / w_step[:, None]).astype(np.int64)
+    return (x_int - zero) @ w_int.T * (step * w_step) + bias
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("fused", [False, True])
+def test_int8_linear_computes_its_definition(rng, bias, fused):
+    model, constants = linear_model(rng, bias)
+    context = {"quantized": {"a.weight": "int8"}, "ranges": {"a.weight": (-1.0, 3.0)}}
+    after = apply("quantize_linear", apply("fold_linear", model), **context)
+    assert kinds(after).count("DequantizeLinear") == 2
+    if fused:
+        after = apply("fuse_integer_matmul", after)
+        assert sorted(kinds(after)) == ["MatMulIntegerToFloat", "QuantizeLinear"]
+        assert after.graph.node[1].name == "/a.weight/MatMul"
+    onnx.checker.check_model(after)
+    x = rng.uniform(-2, 4, (64, 16)).astype(np.float32)  # beyond the range on both sides: clipping is part of the definition
+    want = integer_linear(x, constants["a.weight"], constants["b0"] if bias else 0.0, -1.0, 3.0)
+    for run in (runtime,) if fused else (runtime, reference):
+        # one step of one input times the largest weight: x / scale in float32 may round to the other side of a tie
+        np.testing.assert_allclose(run(after, x=x)[0], want, atol=4 / 255 * np.abs(constants["a.weight"]).max())
+        assert np.median(np.abs(run(after, x=x)[0] - want)) < 1e-6  # ties are rare; everything else is float32 rounding
+
+
+def test_products_share_a_quantized_input_exactly_where_the_grid_is_the_same(rng):
+    model, _ = linear_model(rng, products=3)
+    ranges = {"a.weight": (-1.0, 1.0), "b.weight": (-1.0, 1.0), "c.weight": (-2.0, 1.0)}
+    after = apply("quantize_linear", apply("fold_linear", model), quantized=dict.fromkeys(ranges, "int8"), ranges=ranges)
+    assert kinds(after).count("QuantizeLinear") == 2
+    x = rng.uniform(-1, 1, (4, 16)).astype(np.float32)
+    for got, want in zip(runtime(apply("fuse_integer_matmul", after), x=x), reference(after, x=x), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)  # the same integers; float32 sums in another order
+
+
+def test_only_named_weights_are_quantized_and_a_missing_range_is_refused(rng):
+    model = apply("fold_linear", linear_model(rng)[0])
+    assert kinds(apply("quantize_linear", model, quantized={"other.weight": "int8"})) == ["MatMul", "Add"]
+    with pytest.raises(UnsupportedError, match="a.weight"):
+        apply("quantize_linear", model, quantized={"a.weight": "int8"})
+
+
+def test_quantized_table_rows_are_scale_times_integers(rng):
+    table = rng.standard_normal((20, 6)).astype(np.float32)
+    ids = rng.integers(0, 20, (2, 5))
+    gather = helper.make_node("Gather", ["t.weight", "ids"], ["y"], name="/t/Gather")
+    model = model_of([gather], {"t.weight": table}, {"ids": (TensorProto.INT64, ["b", "s"])})
+    after = apply("quantize_table", model, quantized={"t.weight": "weight-int8"})
+    scale = (np.abs(table).max(axis=1, keepdims=True) / np.float32(127)).astype(np.float32)
+    integers = np.rint(table / scale).astype(np.int8)
+    for run in (reference, runtime):
+        np.testing.assert_array_equal(run(after, ids=ids)[0], (integers.astype(np.float32) * scale)[ids])
+    stored = {t.name: t.data_type for t in after.graph.initializer}
+    assert stored == {"t.weight.int8": TensorProto.INT8, "t.weight.scale": TensorProto.FLOAT}
+
+
+# ---------------------------------------------------------------------------------------------- attention
+
+
+def attention_model(mask="", scale=0.5, divide=False):
+    """Two heads of 4 on (batch, sequence, 8), as the exporter writes them; the context goes through an output linear."""
+    n = helper.make_node
+    nodes, constants = (
+        [],
+        {"four": np.int64([0, 0, -1, 4]), "three": np.int64([0, 0, -1]), "scale": np.float32(1 / scale if divide else scale)},
+    )
+    for name in "qkvo":
+        x = "context" if name == "o" else "x"
+        nodes += [n("Transpose", [f"{name}.weight"], [f"{name}t"], perm=[1, 0]), n("MatMul", [x, f"{name}t"], [f"{name}m"])]
+        nodes.append(n("Add", [f"{name}.bias", f"{name}m"], ["y" if name == "o" else f"{name}l"]))
+        if name != "o":
+            nodes.append(n("Reshape", [f"{name}l", "four"], [f"{name}r"]))
+            nodes.append(n("Transpose", [f"{name}r"], [f"{name}h"], perm=[0, 2, 3, 1] if name == "k" else [0, 2, 1, 3]))
+    nodes += [n("MatMul", ["qh", "kh"], ["s0"]), n("Div" if divide else "Mul", ["s0", "scale"], ["s1"])]
+    if mask:
+        constants |= {"least": np.float32(-3e38), "none": np.float32(0), "axes": np.int64([1, 2]), "causal": np.tril(np.ones((5, 5), bool))}
+        nodes += [n("Cast", ["attention_mask"], ["mb"], to=TensorProto.BOOL), n("Unsqueeze", ["mb", "axes"], ["mu"])]
+        nodes += [n("Shape", ["attention_mask"], ["ms"]), n("Gather", ["ms", "last"], ["mn"])]
+        constants |= {"last": np.int64([1]), "start": np.int64([0, 0]), "both": np.int64([0, 1])}
+        nodes += [n("Concat", ["mn", "mn"], ["mnn"], axis=0), n("Slice", ["causal", "start", "mnn", "both"], ["mc"])]
+        nodes.append(n("And", ["mu", "mc"], ["ma"]) if mask == "causal" else n("Identity", ["mu"], ["ma"]))
+        nodes += [n("Where", ["ma", "none", "least"], ["additive"]), n("Add", ["s1", "additive"], ["s2"])]
+    nodes += [n("Softmax", ["s2" if mask else "s1"], ["p"], name="/attention/Softmax", axis=-1), n("MatMul", ["p", "vh"], ["c0"])]
+    nodes += [n("Transpose", ["c0"], ["c1"], perm=[0, 2, 1, 3]), n("Reshape", ["c1", "three"], ["context"])]
+    inputs = {"x": (TensorProto.FLOAT, ["batch", "sequence", 8])}
+    inputs |= {"attention_mask": (TensorProto.INT64, ["batch", "sequence"])} if mask else {}
+    shapes = {f"{name}.{kind}": (8, 8)[: 2 if kind == "weight" else 1] for name in "qkvo" for kind in ("weight", "bias")}
+    model = model_of(nodes, constants, inputs | {name: (TensorProto.FLOAT, shape) for name, shape in shapes.items()})
+    model = Graph(model).finish()  # in execution order
+    return model, shapes
+
+
+@pytest.mark.parametrize("divide", [False, True])
+@pytest.mark.parametrize("scale", [0.5, 0.3])
+@pytest.mark.parametrize("mask", ["", "padding"])
+def test_fused_attention_computes_the_same(rng, mask, scale, divide):
+    model, shapes = attention_model(mask, scale, divide)
+    after = apply("fuse_attention", model, parameters=shapes)
+    assert "Softmax" not in kinds(after)
+    attention = next(node for node in after.graph.node if node.op_type == "MultiHeadAttention")
+    assert attention.name == "/attention/MultiHeadAttention"
+    # 0.5 = 1/√4 is the operator's own default
+    assert {a.name for a in attention.attribute} == ({"num_heads"} if scale == 0.5 else {"num_heads", "scale"})
+    assert kinds(after).count("Cast") == bool(mask)
+    feed = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    feed["x"] = rng.standard_normal((2, 5, 8)).astype(np.float32)
+    if mask:
+        feed["attention_mask"] = np.int64([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    np.testing.assert_allclose(runtime(after, **feed)[0], reference(model, **feed)[0], atol=1e-4)  # outputs reach 30; float32 sums
+    feed["q.weight"] = feed["q.weight"] * 2
+    assert np.abs(runtime(after, **feed)[0] - runtime(model, **feed)[0]).max() < 1e-4
+
+
+def test_a_mask_that_hides_more_than_padding_is_refused():
+    model, shapes = attention_model("causal")
+    with pytest.raises(UnsupportedError, match="hides more than padded keys"):
+        apply("fuse_attention", model, parameters=shapes)
+
+
+def test_something_else_added_to_the_scores_is_refused(rng):
+    model, shapes = attention_model("padding")
+    for node in model.graph.node:
+        if node.op_type == "Add" and "additive" in node.input:
+            node.input[1] = "bias"
+    model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal((2, 1, 1)).astype(np.float32), "bias"))
+    with pytest.raises(UnsupportedError, match="no padding mask"):
+        apply("fuse_attention", model, parameters=shapes)
+
+
+def test_parameter_names_survive_every_suffix():
+    for suffix in ("", ".T", ".int8", ".T.int8", ".T.scale", ".T.zero_point", ".scale"):
+        assert parameter_of(f"layers.0.fc.weight{suffix}") == "layers.0.fc.weight"
