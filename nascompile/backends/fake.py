@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from nascompile.backends import Runner
 from nascompile.backends.onnxruntime import check_inputs
-from nascompile.errors import RecordError
+from nascompile.errors import RecordError, UnsupportedError
 from nascompile.records import FLOAT32, INT8, WEIGHT_INT8, Precision, Target
 
 NODE_MS = 0.002
@@ -58,6 +58,8 @@ class FakeRunner:
         import onnx
         from onnx.reference import ReferenceEvaluator
 
+        if target.session:
+            raise UnsupportedError(f"the fake backend has no session settings: {', '.join(name for name, _ in target.session)}")
         try:
             model = onnx.load(path)
         except Exception as error:  # protobuf's DecodeError is no public type
