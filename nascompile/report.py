@@ -11,6 +11,7 @@ Keys of `report.json`; a section whose records are not there has their names in 
   architecture  every block of the full network: kept share, precision, size
   search        searcher, seed, hypervolume over scored candidates
   data          labels, counts, duplicates, as stored with the data
+  observed      what latencies of engines are: measured, or simulated or modelled on a device that is
   environment   what must match for numbers to compare, and what is only recorded
   reproduce     recipe and commands
   stages        seconds per stage
@@ -88,10 +89,11 @@ def closing_table(run: Path) -> Table:
     """Engines of the run, one a row, for a terminal."""
     from rich.table import Table
 
-    engines = _engines(read(run))
+    records = read(run)
+    engines = _engines(records)
     table = Table(title=f"{run.name}: engines, relative to the baseline", title_justify="left")
     table.add_column("engine")
-    for name in ("predicted ms", "measured p50 ms", "samples/s", "speed-up", "size MB", "validation", "test"):
+    for name in ("predicted ms", f"{_observed(records)} p50 ms", "samples/s", "speed-up", "size MB", "validation", "test"):
         table.add_column(name, justify="right")
     for e in engines:
         table.add_row(
@@ -109,6 +111,7 @@ def gather(run: Path) -> Json:
         "summary": _summary(records, engines),
         "name": _name(records),
         "note": str(records.recipe.get("note", "")),
+        "observed": _observed(records),
         "headline": _headline(records, engines),
         "engines": engines,
         "front": _front(records),
@@ -213,6 +216,11 @@ def _absent(*names: str) -> list[str]:
 
 def _name(records: RunRecords) -> str:
     return str(records.recipe.get("name") or records.folder.resolve().name)
+
+
+def _observed(records: RunRecords) -> str:
+    """The word for what running the engines showed; no number of a simulator is called measured."""
+    return " or ".join(sorted({m.latency.kind for m in records.measurements.values()})) or "measured"
 
 
 def _engines(records: RunRecords) -> list[Json]:
@@ -348,7 +356,7 @@ def _headline(records: RunRecords, engines: list[Json]) -> Json:
 def _front(records: RunRecords) -> Json:
     front = records.front
     if front is None:
-        return {"missing": _absent("front.json"), "points": [], "scored": []}
+        return {"missing": _absent("front.json"), "points": [], "scored": [], "unit": "", "metric": ""}
     members = {e.candidate for e in front.evaluations}
     first = front.evaluations[0].score if front.evaluations else None
     return {
@@ -456,7 +464,7 @@ def _architecture(records: RunRecords) -> Json:
     """Blocks of the full network in execution order, with what the chosen engine keeps of each."""
     chosen = records.engine("chosen")
     if chosen is None or chosen.graph is None:
-        return {"missing": _absent("choice.json", "engines"), "blocks": []}
+        return {"missing": _absent("choice.json" if records.choice is None else "engines"), "blocks": []}
     whole = next((m.graph for m in (records.engine("baseline"), records.engine("uniform")) if m and m.graph), chosen.graph)
     full = {g.name: max(map(int, g.choices)) for g in chosen.space.genes if g.kind == "architecture"} if chosen.space else {}
     own = dict(chosen.candidate.architecture) if chosen.candidate else {}
@@ -628,10 +636,7 @@ def _interval(predicted: Json | None) -> str:
 
 
 def _latency(measured: Json | None) -> str:
-    """p50, with the word where it was not measured."""
-    if not measured:
-        return "–"
-    return number(measured.get("p50", measured["value"])) + ("" if measured["kind"] == "measured" else f" {measured['kind']}")
+    return number(measured.get("p50", measured["value"])) if measured else "–"
 
 
 def _rate(throughput: Json | None) -> str:

@@ -62,7 +62,7 @@
   function prediction() {
     const p = facts.prediction, all = p.networks.concat(p.engines).flatMap(r => [r.predicted_ms, r.measured_ms]);
     const words = r => `<b>${text(r.title)}</b><br>predicted ${ms(r.predicted_ms)}` + (r.low_ms === null ? "" : ` [${fixed(r.low_ms, 2)}, ${fixed(r.high_ms, 2)}]`) +
-      `<br>measured ${ms(r.measured_ms)} (${r.residual_percent >= 0 ? "+" : "−"}${fixed(Math.abs(r.residual_percent), 1)} %)`;
+      `<br>${text(facts.observed)} ${ms(r.measured_ms)} (${r.residual_percent >= 0 ? "+" : "−"}${fixed(Math.abs(r.residual_percent), 1)} %)`;
     const trace = (name, rows, marker, bars) => ({
       type: "scatter", mode: "markers", name, x: rows.map(r => r.predicted_ms), y: rows.map(r => r.measured_ms), marker, hovertext: rows.map(words), hoverinfo: "text",
       error_x: {type: "data", symmetric: false, array: rows.map(r => (r.high_ms ?? r.predicted_ms) - r.predicted_ms), arrayminus: rows.map(r => r.predicted_ms - (r.low_ms ?? r.predicted_ms)), color: bars, thickness: 1, width: 3},
@@ -72,7 +72,7 @@
     if (p.engines.length) traces.push(trace("engines of this run", p.engines, {
       size: p.engines.map(r => r.chosen ? 16 : 11), symbol: p.engines.map(r => MARKS[mark(r)]), color: colour("accent"), opacity: 1, line: {width: 1.5, color: colour("accent")},
     }, colour("accent")));
-    return [traces, layout({xaxis: axis("predicted, ms"), yaxis: axis("measured p50, ms")})];
+    return [traces, layout({xaxis: axis("predicted, ms"), yaxis: axis(`${text(facts.observed)} p50, ms`)})];
   }
 
   function agreement() {
@@ -102,8 +102,8 @@
     }
     const measured = o.engines.filter(e => e.measured_ms !== null);
     if (measured.length) traces.push({
-      type: "scatter", mode: "markers", name: "whole engine, measured p50", x: measured.map(e => e.measured_ms), y: measured.map(e => text(e.title)),
-      marker: {symbol: "diamond", size: 12, color: colour("ink"), line: {width: 2, color: colour("card")}}, hovertext: measured.map(e => `<b>${text(e.title)}</b><br>measured p50 ${ms(e.measured_ms)}`), hoverinfo: "text",
+      type: "scatter", mode: "markers", name: `whole engine, ${text(facts.observed)} p50`, x: measured.map(e => e.measured_ms), y: measured.map(e => text(e.title)),
+      marker: {symbol: "diamond", size: 12, color: colour("ink"), line: {width: 2, color: colour("card")}}, hovertext: measured.map(e => `<b>${text(e.title)}</b><br>${text(facts.observed)} p50 ${ms(e.measured_ms)}`), hoverinfo: "text",
     });
     return [traces, layout({barmode: "stack", bargap: 0.35, xaxis: axis("predicted ms of one call", {rangemode: "tozero"}), yaxis: axis("", {autorange: "reversed", showgrid: false, type: "category"}), margin: {l: 20, r: 12, t: 10, b: 48}, ...(narrow() ? {legend: {orientation: "h", x: 0, xref: "container", y: 0, yref: "container", yanchor: "bottom", font: {color: colour("ink")}}} : {})})];
   }

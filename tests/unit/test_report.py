@@ -21,6 +21,7 @@ from nascompile.records import Choice, EngineManifest, LatencyTable
 from nascompile.report import closing_table, duration, file_size, gather, number, report, signed, summary, toml
 
 ROOT = Path(__file__).parents[2]
+NOTE = "nothing was trained, searched or measured"
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +162,22 @@ def test_latencies_in_other_units_become_milliseconds_and_unknown_ones_are_refus
     edit(run / "table.json", lambda body: body["rows"][0]["latency"].update(unit="cycles"))
     with pytest.raises(RecordError, match="unknown unit: cycles"):
         gather(run)
+
+
+def test_simulated_latency_is_never_called_measured(run: Path) -> None:
+    for path in (run / "measurements").glob("*.json"):
+        edit(path, lambda body: body["latency"].update(kind="simulated"))
+        edit(path, lambda body: [q.update(kind="simulated") for _, q in body["throughput"]])
+    html, markdown, _ = (path.read_text() for path in report(run))
+    text = own_html(html).partition("<body>")[2].partition("<footer>")[0].replace(NOTE, "")
+    allowed = ("<small>measured</small>",)  # peak memory
+    for phrase in allowed:
+        text = text.replace(phrase, "")
+    text = re.sub(r"<script>.*?</script>", "", text, flags=re.S)
+    assert "measured" not in text.lower()
+    assert "measured" not in markdown.replace(NOTE, "").lower()
+    assert "1,200 calls" in text
+    assert text.count("simulated") >= 8
 
 
 def test_the_drawing_has_every_block_with_the_part_that_is_kept(run: Path) -> None:
