@@ -183,11 +183,15 @@ def canary(
     target = table.target
     latency_table.check_environment(table, device.environment(target, backend.versions()))
     bench = Bench(family, config, space, target, backend, folder, seed)
-    stored = {row.operator: row.latency for row in table.rows if not row.noisy}
+    stored = {row.operator: row.latency for row in table.rows}
+    noisy = {row.operator for row in table.rows if row.noisy}
     choices = [o for o in network.operators(family, config, space, target) if o in stored and o.kind in bench.repeated]
-    picked = [choices[i] for i in np.random.default_rng(seed).permutation(len(choices))[:count]]
+    shuffled = [choices[i] for i in np.random.default_rng(seed).permutation(len(choices))]
+    picked = sorted(shuffled, key=noisy.__contains__)[:count]  # quiet rows first
     if not picked:
-        return 1.0
+        raise TableError(
+            f"the latency table of {target.id} has no operator of this space's layers", hint="make one with `nascompile profile`"
+        )
     call = table.call.value if table.call else 0.0
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         jobs = [bench.operator(o, bench.copies(o), Path(scratch)) for o in picked]

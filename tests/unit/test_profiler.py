@@ -239,6 +239,11 @@ def test_canary(space, tmp_path):
             profiler.canary(*arguments, Device(pace=lambda window, pace=pace: pace), tmp_path, 0)
         assert f"{pace:.2f} times" in caught.value.message
         assert "nascompile profile" in caught.value.hint
+    noisy = msgspec.structs.replace(table, rows=tuple(msgspec.structs.replace(row, noisy=True) for row in table.rows))
+    with pytest.raises(TableError, match="not as fast as"):
+        profiler.canary(noisy, *arguments[1:], Device(pace=lambda window: 1.2), tmp_path, 0)
+    with pytest.raises(TableError, match="no operator of this space"):
+        profiler.canary(msgspec.structs.replace(table, rows=()), *arguments[1:], Device(), tmp_path, 0)
     with pytest.raises(TableError, match="other cpu"):
         profiler.canary(*arguments, Device(machine="B"), tmp_path, 0)
 
