@@ -55,6 +55,8 @@ BATCH_ROWS, BATCH_BYTES = 32, 2**30
 """Most rows, and most bytes of graph files, that are loaded at once."""
 NOISY = 0.1
 """A row whose median lies further above its tenth percentile than this fraction is timed once more, and flagged if it stays so."""
+LEAST_QUIET = 3
+"""Fewest undisturbed networks that give the interval; with fewer, the disturbed ones count too and widen it."""
 CANARY = 0.1
 """A table is refused when rows timed now differ from it by more than this fraction (median)."""
 CALL = Operator(kind="call", dims=())
@@ -303,15 +305,21 @@ def _validate(
     for done, candidate in enumerate(picked):
         progress.step(label, done, len(picked))
         jobs.append(bench.network(candidate, scratch))
-    reference, *found = device.time([device.reference(), *jobs], seconds=seconds * len(picked), seed=bench.seed)
+    reference, *first = device.time([device.reference(), *jobs], seconds=seconds * len(picked), seed=bench.seed)
+    found = _quieter(device, jobs, first, seconds, bench.seed)
     progress.step(label, len(picked), len(picked))
     calibration = _residuals(bench, table, picked[::2], found[::2])
-    scaled = msgspec.structs.replace(table, calibration=calibration, scale=latency_table.fit_scale(calibration))
+    scaled = msgspec.structs.replace(table, calibration=calibration, scale=latency_table.fit_scale(_quiet(calibration)))
     # a space of one or two networks has none to spare: what fitted nothing may then give the interval
     held_out = slice(1, None, 2) if len(picked) > 1 else slice(None)
     validation = _residuals(bench, scaled, picked[held_out], found[held_out])
-    half = latency_table.interval_half_width(validation)
+    half = latency_table.interval_half_width(quiet if len(quiet := _quiet(validation)) >= LEAST_QUIET else validation)
     return msgspec.structs.replace(scaled, validation=validation, relative_error=half), reference.value
+
+
+def _quiet(residuals: Sequence[Residual]) -> tuple[Residual, ...]:
+    """Networks whose timing was not disturbed: the others say how busy the machine was, not how good the table is."""
+    return tuple(r for r in residuals if latency_table.noise(r.measured) <= NOISY)
 
 
 def pick(bench: Bench, table: LatencyTable, count: int) -> tuple[Candidate, ...]:

@@ -159,6 +159,21 @@ def test_networks_fit_the_scale_and_others_give_the_interval(space, tmp_path, lo
     assert table.rows == profile(space, tmp_path, Device()).rows, "the scale is not worked into the rows"
 
 
+def test_disturbed_networks_neither_fit_nor_widen_unless_there_are_no_others(space, tmp_path, lowering):
+    def disturbed(name):
+        return len(name) == 12 and int(name, 16) % 3 == 0  # a third of the candidates, by their id
+
+    lowering.factor = lambda candidate: 1.5 if disturbed(candidate.id) else 1.1
+    table = profile(space, tmp_path, Device(noise=lambda name, window: 0.4 if disturbed(name) else 0.0), networks=20)
+    assert any(disturbed(r.candidate.id) for r in table.calibration)
+    assert any(disturbed(r.candidate.id) for r in table.validation)
+    assert table.scale == pytest.approx(1.1)
+    assert table.relative_error == latency_table.FLOOR
+    busy = profile(space, tmp_path, Device(noise=lambda name, window: 0.4), networks=20)
+    assert busy.scale == 1.0
+    assert busy.relative_error > 0.1
+
+
 def test_picked_networks_are_spread_over_latency(space, tmp_path):
     table = profile(space, tmp_path, Device(), networks=6)
     found = sorted(r.measured.value for r in (*table.calibration, *table.validation))
