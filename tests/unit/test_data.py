@@ -144,6 +144,22 @@ def test_contradictions_are_dropped_and_counted(tmp_path: Path, texts: Preproces
     assert all(lost not in ids_of(tmp_path / "data", name) for name in SPLITS)
 
 
+def test_what_contradicts_itself_in_test_is_no_truth_for_train_either(tmp_path: Path, texts: Preprocessor) -> None:
+    sources = {"train": sentences(40), "test": [*sentences(4, start=50), ("w0 w0", "neg"), ("w0 w0", "pos")]}
+    manifest = prepare(DataSettings(), texts, CLASSIFICATION, tmp_path / "data", sources=sources)
+    assert (manifest.split("test").samples, manifest.split("test").conflicts) == (4, 2)
+    assert manifest.split("train").duplicates == 1
+    assert all(texts.content_digest("w0 w0") not in ids_of(tmp_path / "data", name) for name in SPLITS)
+
+
+def test_rare_classes_reach_train_validation_and_test(tmp_path: Path) -> None:
+    rows = [([float(c), float(i)], c) for c in range(21) for i in range(200 if c == 0 else 3)]
+    manifest = prepare(DataSettings(), VECTORS, CLASSIFICATION, tmp_path / "data", sources={"train": rows})
+    for name in ("train", "validation", "test"):
+        assert min(count for _, count in manifest.split(name).class_counts) == 1
+    assert [manifest.split(name).samples for name in ("validation", "test")] == [52, 52]
+
+
 def test_images_are_compared_by_their_pixels(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     folder = tmp_path / "pictures"

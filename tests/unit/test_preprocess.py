@@ -129,6 +129,7 @@ def test_maximum_length_holds_95_percent_and_is_a_multiple_of_8(bert_folder: Pat
     assert choose_max_length(tokenizer, [short] * 94 + [long] * 6) == 16
     assert choose_max_length(tokenizer, ["film " * 60], limit=32) == 32
     assert choose_max_length(tokenizer, [""]) == 8
+    assert choose_max_length(tokenizer, [short] * 9 + ["film " * 39]) == 48  # nine of ten are not 95 %: a whole text, no interpolation
     fitted = Preprocessor.from_model_folder(bert_folder, BERT).fitted([short] * 99 + [long])
     assert fitted.settings.max_length == 8
     assert fitted([long])["input_ids"].shape == (1, 8)
