@@ -56,7 +56,7 @@ BATCH_ROWS, BATCH_BYTES = 32, 2**30
 NOISY = 0.1
 """A row whose median lies further above its tenth percentile than this fraction is timed once more, and flagged if it stays so."""
 LEAST_QUIET = 3
-"""Fewest undisturbed networks that give the interval; with fewer, the disturbed ones count too and widen it."""
+"""Fewest undisturbed networks that fit the scale or give the interval; with fewer, the disturbed ones count too and widen it."""
 CANARY = 0.1
 """A table is refused when rows timed now differ from it by more than this fraction (median)."""
 CALL = Operator(kind="call", dims=())
@@ -238,13 +238,13 @@ def _time_rows(
 
 
 def _quieter(device: Device, jobs: Sequence[Job], found: Sequence[Quantity], seconds: float, seed: int) -> list[Quantity]:
-    """Noisy latencies replaced by a second timing where that was quieter."""
+    """Noisy latencies replaced by a second timing where that was lower: other users of the machine only ever add time."""
     latencies = list(found)
     again = [i for i, latency in enumerate(latencies) if latency_table.noise(latency) > NOISY]
     if again:
         second = device.time([jobs[i] for i in again], seconds=seconds * len(again), seed=seed + 1)
         for i, latency in zip(again, second, strict=True):
-            latencies[i] = min(latencies[i], latency, key=latency_table.noise)
+            latencies[i] = min(latencies[i], latency, key=lambda q: q.value)
     return latencies
 
 
@@ -313,13 +313,14 @@ def _validate(
     # a space of one or two networks has none to spare: what fitted nothing may then give the interval
     held_out = slice(1, None, 2) if len(picked) > 1 else slice(None)
     validation = _residuals(bench, scaled, picked[held_out], found[held_out])
-    half = latency_table.interval_half_width(quiet if len(quiet := _quiet(validation)) >= LEAST_QUIET else validation)
+    half = latency_table.interval_half_width(_quiet(validation))
     return msgspec.structs.replace(scaled, validation=validation, relative_error=half), reference.value
 
 
 def _quiet(residuals: Sequence[Residual]) -> tuple[Residual, ...]:
-    """Networks whose timing was not disturbed: the others say how busy the machine was, not how good the table is."""
-    return tuple(r for r in residuals if latency_table.noise(r.measured) <= NOISY)
+    """Networks whose timing was not disturbed, the others say more of the machine than of the table; all if too few are left."""
+    quiet = tuple(r for r in residuals if latency_table.noise(r.measured) <= NOISY)
+    return quiet if len(quiet) >= LEAST_QUIET else tuple(residuals)
 
 
 def pick(bench: Bench, table: LatencyTable, count: int) -> tuple[Candidate, ...]:

@@ -170,7 +170,7 @@ def test_disturbed_networks_neither_fit_nor_widen_unless_there_are_no_others(spa
     assert table.scale == pytest.approx(1.1)
     assert table.relative_error == latency_table.FLOOR
     busy = profile(space, tmp_path, Device(noise=lambda name, window: 0.4), networks=20)
-    assert busy.scale == 1.0
+    assert busy.scale == pytest.approx(1.1), "a median, most networks being alike"
     assert busy.relative_error > 0.1
 
 
