@@ -13,8 +13,9 @@ class Bars:
     """`progress.Progress` on stderr; a context, so that the cursor is shown again whatever happens."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True, highlight=False)
-        columns = (TextColumn("      {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
+        self._console = console or Console(stderr=True)
+        label = TextColumn("      {task.description}", markup=False)
+        columns = (label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
         self._bars = Progress(*columns, console=self._console, transient=True)
         self._task: TaskID | None = None
         self._label = self._stage = ""
@@ -34,7 +35,7 @@ class Bars:
         self._end_step()
         self._end_stage()
         self._stage, self._began = f"[{number}/{total}] {name}", time.monotonic()
-        self._console.print(self._stage, markup=False, style="bold")
+        self._console.print(self._stage, markup=False, highlight=False, style="bold")
 
     def step(self, label: str, done: int, total: int) -> None:
         if label != self._label or self._task is None:
@@ -43,7 +44,7 @@ class Bars:
         self._bars.update(self._task, completed=done, total=total)
 
     def note(self, text: str) -> None:
-        self._console.print(f"      {text}", markup=False)
+        self._console.print(f"      {text}", markup=False, highlight=False)
 
     def _end_step(self) -> None:
         if self._task is not None:
