@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nascompile import network, plugins, space as spaces
+from nascompile.data import Split
 from nascompile.families import Family, Linear
 from nascompile.quantization import ActivationRanges
 from nascompile.records import Candidate, SearchSpace
@@ -55,6 +56,28 @@ class Supernet(nn.Module):
         """Logits (batch, labels)."""
         logits: torch.Tensor = self.family.forward(self.model, inputs, subnet.layers, subnet.values, linear)
         return logits
+
+    def largest(self) -> Subnet:
+        """Every layer, every unit."""
+        depth = max(self.family.choices(self.config, 1)["depth"])
+        full = {group.gene: group.count for group in self.family.groups(self.config)}
+        return Subnet(tuple(range(depth)), full | {"depth": depth})
+
+    def subnet(self, space: SearchSpace, point: Candidate) -> Subnet:
+        """A candidate of a space, resolved."""
+        return resolve(self.family, self.config, space, point)
+
+
+def load_batch(split: Split, rows: np.ndarray[Any, Any], device: Any = "cpu") -> Batch:
+    """The samples of a split at these positions, as tensors."""
+    part = split.take(rows)
+    labels = torch.from_numpy(np.ascontiguousarray(part.labels))
+    return {name: torch.from_numpy(np.ascontiguousarray(values)).to(device) for name, values in part.arrays().items()}, labels.to(device)
+
+
+def load_batches(split: Split, rows: np.ndarray[Any, Any], size: int) -> list[Batch]:
+    """The samples of a split at these positions, cut into batches."""
+    return [load_batch(split, rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 # ---------------------------------------------------------------------------------------------- emulated quantization
@@ -147,7 +170,7 @@ def calibrate(net: Supernet, space: SearchSpace, point: Candidate, target: str, 
         for name, scheme in quantized_weights(net.family, net.config, space, point, target).items()
         if space.precision(scheme).activations.kind == "int"
     )
-    subnet = resolve(net.family, net.config, space, point)
+    subnet = net.subnet(space, point)
     net.eval()
     if observer.sites:
         for inputs, _ in batches:
@@ -161,7 +184,7 @@ def emulate(
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Logits (n, labels) and labels (n,) of the candidate as its engine would compute them."""
     linear = FakeQuantizer(quantized_weights(net.family, net.config, space, point, target), ranges)
-    subnet = resolve(net.family, net.config, space, point)
+    subnet = net.subnet(space, point)
     net.eval()
     rows = [(net(inputs, subnet, linear).numpy(), labels.numpy()) for inputs, labels in batches]
     return np.concatenate([r[0] for r in rows]), np.concatenate([r[1] for r in rows])
@@ -172,7 +195,7 @@ def emulate(
 
 def importance(net: Supernet, batches: Iterable[Batch], loss: Any) -> dict[str, np.ndarray[Any, Any]]:
     """Group gene ▸ score per unit: |Σ weight · gradient| of the unit, mean over batches (first-order Taylor, Molchanov et al. 2019)."""
-    family, full = net.family, largest_subnet(net)
+    family, full = net.family, net.largest()
     parameters = dict(net.model.named_parameters())
     scores = {group.gene: np.zeros(group.count) for group in family.groups(net.config)}
     net.eval()
@@ -205,7 +228,7 @@ def reorder(net: Supernet, scores: Mapping[str, np.ndarray[Any, Any]]) -> None:
 @torch.no_grad()
 def layer_order(net: Supernet, batches: list[Batch], loss: Any, keep: int) -> tuple[int, ...]:
     """Layers by importance: from the full network, the layer whose removal costs least loss goes last, down to `keep`."""
-    full = largest_subnet(net)
+    full = net.largest()
     left, removed = list(full.layers), []
     net.eval()
     while len(left) > max(keep, 1):
@@ -216,13 +239,6 @@ def layer_order(net: Supernet, batches: list[Batch], loss: Any, keep: int) -> tu
         removed.append(min(costs)[1])
         left.remove(removed[-1])
     return (*left, *reversed(removed))
-
-
-def largest_subnet(net: Supernet) -> Subnet:
-    """Every layer, every unit."""
-    groups = net.family.groups(net.config)
-    depth = max(net.family.choices(net.config, 1)["depth"])
-    return Subnet(tuple(range(depth)), {group.gene: group.count for group in groups} | {"depth": depth})
 
 
 # ---------------------------------------------------------------------------------------------- extraction

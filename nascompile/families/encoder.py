@@ -5,7 +5,8 @@ A family names its parameters in a `Layout`; everything else here follows from i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -263,10 +264,27 @@ class _Block:
 
 def load_pretrained(cls: Any, folder: str, **config: Any) -> nn.Module:
     """A Hugging Face model from a local folder, float32, eager attention (the form that exports cleanly), safetensors only."""
-    return cls.from_pretrained(  # type: ignore[no-any-return]
-        folder, use_safetensors=True, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False,
-        ignore_mismatched_sizes=True, **config,
-    ).eval()  # fmt: skip
+    with quiet():
+        return cls.from_pretrained(  # type: ignore[no-any-return]
+            folder, use_safetensors=True, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False,
+            ignore_mismatched_sizes=True, **config,
+        ).eval()  # fmt: skip
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own progress bars and loading reports: what matters of them is said by the stages."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def parameter_shapes(family: Any, config: Any) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,107 @@
+"""Candidate ▸ Score: the metric of the quantized sub-network on validation, emulated exactly as the backend computes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nascompile import space as spaces
+from nascompile.data import Split
+from nascompile.quantization import ActivationRanges
+from nascompile.records import Candidate, Score, SearchSpace, digest, file_digest
+from nascompile.supernet import Supernet, calibrate, emulate, load_batches
+
+BATCH = 64
+
+
+class Evaluator:
+    """Scores candidates of one set of weights on fixed calibration and validation samples."""
+
+    def __init__(
+        self, net: Supernet, weights: Path, space: SearchSpace, task: Any, metric: str, calibration: Split, validation: Split,
+        method: str, calibration_samples: int, validation_samples: int, seed: int,
+    ) -> None:  # fmt: skip
+        self.net, self.space, self.task, self.metric, self.method = net, space, task, metric, method
+        self.weights_digest = digest([(p.name, file_digest(p)) for p in sorted(weights.glob("*.safetensors"))])
+        self.split_digest = validation.digest
+        self.rows = _rows(validation, validation_samples, seed)
+        """Positions in validation that candidates are scored on."""
+        self.calibration = load_batches(calibration, _rows(calibration, calibration_samples, seed), BATCH)
+        self.validation = load_batches(validation, self.rows, BATCH)
+        self.digest = digest(
+            [p.name for p in space.precisions], calibration.digest, method, calibration_samples, validation_samples, seed, metric
+        )
+
+    @property
+    def target(self) -> str:
+        return self.space.targets[0]
+
+    def ranges(self, point: Candidate) -> ActivationRanges:
+        """Calibrated input ranges of the candidate's quantized products."""
+        return calibrate(self.net, self.space, point, self.target, self.calibration, self.method)
+
+    def score(self, point: Candidate) -> Score:
+        """The candidate's metric on validation at its precisions."""
+        logits, labels = emulate(self.net, self.space, point, self.target, self.validation, self.ranges(point))
+        return score_of(
+            self.task, self.metric, logits, labels,
+            split=self.split_digest, weights=self.weights_digest, evaluator=self.digest,
+        )  # fmt: skip
+
+
+def score_of(task: Any, metric: str, logits: Any, labels: Any, *, split: str, weights: str, evaluator: str) -> Score:
+    """A Score of logits (n, labels) against labels (n,), with one value per sample for paired comparisons."""
+    value, stderr = task.score(metric, logits, labels)
+    return Score(
+        metric=metric, direction=task.direction(metric), value=float(value), n=len(labels), stderr=float(stderr), split_digest=split,
+        weights_digest=weights, evaluator_digest=evaluator,
+        per_sample=tuple(float(v) for v in np.asarray(task.per_sample(metric, logits, labels), dtype=np.float64).round(6)),
+    )  # fmt: skip
+
+
+def best_method(
+    evaluators: Sequence[Evaluator], point: Candidate
+) -> tuple[Evaluator, tuple[tuple[str, float], ...]]:
+    """The evaluator whose calibration method gives the best validation score of a candidate, and every method's score."""
+    scored = [(evaluator, evaluator.score(point)) for evaluator in evaluators]
+    best = max(scored, key=lambda pair: (gain(pair[1]), -evaluators.index(pair[0])))[0]
+    return best, tuple((evaluator.method, score.value) for evaluator, score in scored)
+
+
+def gain(score: Score) -> float:
+    """The metric with its sign turned so that more is better."""
+    return score.value if score.direction == "maximize" else -score.value
+
+
+def drop(baseline: Score, score: Score) -> tuple[float, float]:
+    """(how much worse than the baseline in the metric's points, its standard error): paired for accuracy, else unpaired."""
+    value = gain(baseline) - gain(score)
+    if baseline.metric == "accuracy" and len(baseline.per_sample) == len(score.per_sample) > 1:
+        difference = np.asarray(baseline.per_sample) - np.asarray(score.per_sample)
+        return value, float(100 * difference.std(ddof=1) / math.sqrt(len(difference)))
+    return value, math.hypot(baseline.stderr, score.stderr)
+
+
+def ladder(space: SearchSpace) -> tuple[Candidate, ...]:
+    """Networks with every gene at the same relative size, float and quantized: where a search starts from."""
+    found: dict[Candidate, None] = {spaces.largest(space): None, spaces.uniform(space): None}
+    for quantized in (True, False):
+        for share in (1.0, 0.75, 0.5, 0.25, 0.0):
+            for depth_share in (1.0, 0.5, 0.0):
+                genome: spaces.Genome = {}
+                for slot in spaces.gene_names(space):
+                    gene = spaces.slot_gene(space, slot)
+                    level = depth_share if gene.name == "depth" else share
+                    last = len(gene.choices) - 1
+                    index = (last if quantized else 0) if gene.kind == "precision" else math.floor(level * last + 0.5)
+                    genome[slot] = gene.choices[index]
+                found[spaces.candidate(space, genome)] = None
+    return tuple(found)
+
+
+def _rows(split: Split, samples: int, seed: int) -> np.ndarray[Any, Any]:
+    return np.sort(np.random.default_rng(seed).permutation(len(split))[: samples or len(split)])

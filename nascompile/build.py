@@ -1,0 +1,84 @@
+"""The build stage: a candidate and its weights become an engine folder, checked against the emulation it was chosen by."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nascompile import __version__, engine, lowering, network
+from nascompile.accuracy import Evaluator
+from nascompile.backends import Backend
+from nascompile.preprocess import Preprocessor
+from nascompile.records import Candidate, EngineManifest, Interval, SearchSpace, Target
+from nascompile.supernet import Supernet, emulate, load_batches
+
+SAMPLE = 4
+"""Calibration samples kept in the engine as its reference."""
+FLOAT_TOLERANCE = 2e-3
+"""Largest difference of FP32 logits between the network and its engine: orders of summation differ, nothing else does."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights to build from: a trained network and how its candidates are calibrated."""
+
+    net: Supernet
+    evaluator: Evaluator
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What every engine of a run shares."""
+
+    space: SearchSpace
+    target: Target
+    backend: Backend
+    blueprints: Path
+    preprocessor: Preprocessor
+    hf_config: Mapping[str, Any]
+    labels: tuple[str, ...]
+    task: str
+    sample: Any
+    """A split's first samples, from calibration."""
+    table_digest: str
+
+
+def lower(parts: Parts, source: Source, point: Candidate) -> Any:
+    """The form the backend takes: the candidate's graph with its weights and calibrated ranges."""
+    net = source.net
+    path = lowering.export(net.family, net.config, parts.blueprints)
+    blueprint = lowering.blueprint(net.family, net.config, path, parts.backend)
+    weights = {name: parameter.detach().numpy() for name, parameter in net.model.named_parameters()}
+    return lowering.lower(
+        blueprint, net.family, net.config, parts.space, point, parts.target, weights, source.evaluator.ranges(point), parts.backend
+    )
+
+
+def build(
+    parts: Parts, source: Source, point: Candidate, name: str, role: Any, predicted: Interval | None, folder: Path
+) -> EngineManifest:
+    """The engine folder, whole or not at all. An FP32 engine must give the network's own logits on the sample, else RecordError."""
+    began = time.monotonic()
+    net = source.net
+    form = lower(parts, source, point)
+    graph = network.graph(net.family, net.config, parts.space, point, parts.target)
+    batches = load_batches(parts.sample, np.arange(min(SAMPLE, len(parts.sample))), SAMPLE)
+    quantized = any(node.operator.precision.weights.kind == "int" for node in graph.nodes)
+    # an integer engine may round another way where the emulation sits on an edge; its own outputs are its reference
+    expected = None if quantized else {"logits": emulate(net, parts.space, point, parts.target.id, batches, None)[0]}
+    return engine.write(
+        folder,
+        engine.Parts(
+            name=name, role=role, target=parts.target, form=form, inputs=net.family.inputs(net.config), task=parts.task, labels=parts.labels,
+            config=parts.hf_config, sample={key: value.numpy() for key, value in batches[0][0].items()}, expected=expected,
+            tolerance=FLOAT_TOLERANCE, preprocessing=parts.preprocessor.files(), candidate=point, space=parts.space, graph=graph,
+            predicted=predicted, table_digest=parts.table_digest, weights_digest=source.evaluator.weights_digest,
+            versions=(*parts.backend.versions(), ("nascompile", __version__)), build_seconds=time.monotonic() - began,
+        ),
+        parts.backend,
+    )  # fmt: skip

@@ -1,0 +1,99 @@
+"""Finding a pretrained model: embedded, a local folder, or a Hugging Face id; its family; and whether its head fits the labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nascompile import plugins
+from nascompile.errors import ModelError
+from nascompile.families import Family
+from nascompile.records import digest, file_digest
+
+HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "vocab.txt", "merges.txt", "*.model"]
+
+
+def locate(source: str) -> Path:
+    """The local folder of a model, downloaded if `source` is a hub id; ModelError if there is none or it has no safetensors."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        folder = _download(source)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"no config.json in {folder}", hint="give a folder saved by `save_pretrained`")
+    if not list(folder.glob("*.safetensors")):
+        found = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".h5", ".ckpt", ".msgpack"})
+        raise ModelError(
+            f"no safetensors weights in {folder}", detail=f"found: {', '.join(found) or 'no weights at all'}",
+            hint="load the model where you trust it and call `model.save_pretrained(folder)`: it writes safetensors",
+        )  # fmt: skip
+    return folder
+
+
+def read_config(folder: Path) -> Any:
+    """The Hugging Face configuration; ModelError for an architecture no family handles."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ModelError(f"damaged config.json in {folder}", detail=str(error)) from error
+    kind = content.get("model_type", "")
+    family = family_of(kind)
+    if kind == "nascompile-toy":
+        from nascompile.families.toy import ToyConfig
+
+        config: Any = ToyConfig.from_pretrained(folder)
+    else:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if reason := family.unsupported(config):
+        raise ModelError(f"the {family.name} family cannot take {folder}: {reason}")
+    return config
+
+
+def family_of(model_type: str) -> Family:
+    """The family that handles a `model_type`; ModelError listing the known ones."""
+    known = {}
+    for name in plugins.names("families"):
+        family: Family = plugins.get("families", name)
+        if model_type in family.model_types:
+            return family
+        known[name] = family.model_types
+    raise ModelError(
+        f"unknown architecture: {model_type or 'no model_type in config.json'}",
+        hint="known: " + "; ".join(f"{name} ({', '.join(types)})" for name, types in known.items()),
+    )
+
+
+def has_head(folder: Path) -> bool:
+    """Whether the stored weights hold a classification head."""
+    from safetensors import safe_open
+
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="np") as weights:
+            if any(name.split(".")[0] == "classifier" for name in weights.keys()):  # noqa: SIM118 (not a mapping)
+                return True
+    return False
+
+
+def head_labels(config: Any) -> tuple[str, ...]:
+    """The head's label names in order."""
+    return tuple(config.id2label[i] for i in sorted(config.id2label))
+
+
+def weights_digest(folder: Path) -> str:
+    """Digest of every safetensors file of a folder."""
+    return digest([(path.name, file_digest(path)) for path in sorted(folder.glob("*.safetensors"))])
+
+
+def _download(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=HUB_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"cannot find the model: {source}", detail=f"no such folder here, and the hub said: {str(error).splitlines()[0]}",
+            hint="give a local folder saved by `save_pretrained`, or check the id and the network (HF_ENDPOINT names another hub)",
+        ) from error  # fmt: skip

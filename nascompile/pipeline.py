@@ -1,0 +1,544 @@
+"""The order of the work, written once: which stage follows which, what each reads, and when it may be skipped."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import filelock
+import msgspec
+import numpy as np
+
+from nascompile import build, data, finetune, journal, latency_table, measure, models, network, plugins, profiler, report, rerank, targets
+from nascompile.accuracy import Evaluator, best_method
+from nascompile.errors import ModelError, RecipeError, RecordError
+from nascompile.families import Family
+from nascompile.families.encoder import quiet
+from nascompile.preprocess import Preprocessor
+from nascompile.progress import Progress, Silent
+from nascompile.records import (
+    EngineManifest,
+    Evaluation,
+    Front,
+    LatencyTable,
+    Measurement,
+    Record,
+    Score,
+    SearchSpace,
+    StageDone,
+    Target,
+    digest,
+    encode,
+    file_digest,
+    load,
+    save,
+    write_atomic,
+)
+from nascompile.search import Pricing, search
+from nascompile.settings import DEMO, TOY, Recipe
+from nascompile.space import largest, uniform
+from nascompile.supernet import Supernet
+
+STAGES = ("data", "profile", "finetune", "search", "build", "measure", "rerank", "report")
+FIXED = ("model", "new_head", "data", "task", "metric", "device", "backend", "threads", "seed")
+"""Settings that make another run of it: what was measured and scored does not carry over."""
+TEACHER_SHARE, FINETUNE_SHARE, SEARCH_SHARE = 0.25, 0.55, 0.8
+"""Parts of `minutes` after which the teacher, the super-network and the search come to an end."""
+
+
+class Method(Record, frozen=True):
+    """The calibration method that was chosen on validation, and every method's score for the uniformly quantized baseline."""
+
+    chosen: str
+    scores: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Given:
+    """Objects in memory that stand in for files: a model (with what prepares its inputs), data by split, a metric."""
+
+    model: Any = None
+    processor: Any = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+    metric: Callable[[Any, Any], float] | None = None
+    direction: str = "maximize"
+
+
+def run(
+    recipe: Recipe, out: Path, *, until: str = STAGES[-1], progress: Progress | None = None, given: Given | None = None
+) -> None:
+    """Run the stages up to `until`, skipping finished ones whose inputs have not changed; everything is in `out` afterwards."""
+    progress = progress or Silent()
+    with _locked(out):
+        _keep_recipe(recipe, out)
+        context = Context(recipe, out, progress, given or Given())
+        for number, stage in enumerate(STAGES[: STAGES.index(until) + 1], 1):
+            progress.stage(stage, number, len(STAGES))
+            context.perform(stage)
+
+
+class Context:
+    """One run: what the stages need, opened when first asked for."""
+
+    def __init__(self, recipe: Recipe, out: Path, progress: Progress, given: Given) -> None:
+        self.recipe, self.out, self.progress, self.given = recipe, out, progress, given
+        self.began = time.monotonic()
+        self.done: dict[str, StageDone] = {}
+
+    def perform(self, stage: str) -> None:
+        """Run one stage, or find that it was finished on the same inputs."""
+        path = self.out / "stages" / f"{stage}.json"
+        inputs = digest(stage, self._inputs(stage))
+        if path.is_file():
+            before = load(path, StageDone)
+            if before.inputs == inputs and all(_unchanged(self.out / name, sha) for name, sha in before.files):
+                self.done[stage] = before
+                self.progress.note("done before, nothing to do")
+                return
+        began = time.monotonic()
+        written = getattr(self, f"_{stage}")()
+        files = tuple(sorted((str(p.relative_to(self.out)), file_digest(p)) for p in written))
+        self.done[stage] = StageDone(stage=stage, inputs=inputs, files=files, seconds=time.monotonic() - began)
+        save(self.done[stage], path)
+
+    def _inputs(self, stage: str) -> Any:
+        """Everything a stage's result depends on."""
+        r, after = self.recipe, {name: done.files for name, done in self.done.items()}
+        return {
+            "data": lambda: (r.model, r.new_head, r.task, r.data, _source_digests(r), sorted(self.given.data)),
+            "profile": lambda: (self.target, self.family.name, self.config.to_json_string(use_diff=False), r.profile_seconds, self.environment),
+            "finetune": lambda: (after["data"], r.finetune, r.seed, self.metric, self.target),
+            "search": lambda: (after["finetune"], after["profile"], r.search, r.budgets, r.seed),
+            "build": lambda: (after["search"], r.measure.top_k, r.measure.safety),
+            "measure": lambda: (after["build"], r.measure, r.seed),
+            "rerank": lambda: (after["measure"], r.budgets, r.measure.safety),
+            "report": lambda: (after, r),
+        }[stage]()
+
+    # ------------------------------------------------------------------------------------------ what stages share
+
+    @cached_property
+    def model_folder(self) -> Path:
+        if self.given.model is not None:
+            return _stored_model(self.given, self.out / "model")
+        if self.recipe.model == DEMO:
+            return Path(__file__).parent / "demo" / "model"
+        if self.recipe.model == TOY:
+            return _toy_model(self.out / "model", self.recipe.seed)
+        return models.locate(self.recipe.model)
+
+    @cached_property
+    def config(self) -> Any:
+        """Configuration of the largest network, with the labels of this run once they are known."""
+        config = models.read_config(self.model_folder)
+        if (self.out / "data" / data.MANIFEST).is_file():
+            for name, value in self.head.items():
+                setattr(config, name, value)
+        return config
+
+    @cached_property
+    def head(self) -> dict[str, Any]:
+        """Configuration entries of a new head; none where the model's own is kept."""
+        if self.manifest.head == "kept":
+            return {}
+        names = self.manifest.label_names
+        if not names:
+            return {"num_labels": 1, "problem_type": "regression"}
+        return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+
+    @cached_property
+    def family(self) -> Family:
+        return models.family_of(models.read_config(self.model_folder).model_type)
+
+    @cached_property
+    def task(self) -> Any:
+        task = plugins.get("tasks", self.recipe.task)
+        if self.given.metric is None:
+            return task
+        from nascompile.tasks.metrics import CustomMetric
+
+        return CustomMetric(task, "custom", self.given.metric, self.given.direction)
+
+    @cached_property
+    def metric(self) -> str:
+        return self.recipe.metric or self.task.metrics[0]
+
+    @cached_property
+    def manifest(self) -> data.DataManifest:
+        return data.load_manifest(self.out / "data")
+
+    @cached_property
+    def target(self) -> Target:
+        workload = self.family.workload(models.read_config(self.model_folder), 1, self.manifest.max_length)
+        return targets.make(self.recipe.device, self.recipe.backend, workload, self.recipe.threads)
+
+    @cached_property
+    def device(self) -> Any:
+        return targets.device(self.recipe.device)
+
+    @cached_property
+    def backend(self) -> Any:
+        return plugins.get("backends", self.target.backend)
+
+    @cached_property
+    def environment(self) -> Any:
+        return self.device.environment(self.target, self.backend.versions()).must_match
+
+    @cached_property
+    def table(self) -> LatencyTable:
+        return load(self.out / "table.json", LatencyTable)
+
+    def space_of(self, config: Any, order: tuple[int, ...]) -> SearchSpace:
+        """The search space with its layers in a given order of importance."""
+        return network.search_space(self.family, config, self.backend, self.target, models.weights_digest(self.model_folder), order)
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        return load(self.out / "supernet" / "manifest.json", SearchSpace)
+
+    def split(self, name: str, purpose: str) -> data.Split:
+        return data.open_split(self.out / "data", name, purpose)
+
+    def evaluator(self, folder: Path, method: str) -> Evaluator:
+        """Scores the candidates of the weights in a folder."""
+        s = self.recipe.search
+        net = Supernet(self.family, self.family.load(str(folder)))
+        return Evaluator(
+            net, folder, self.space, self.task, self.metric, self.split("calibration", "ranges"), self.split("validation", "scores"),
+            method, s.calibration_samples, s.validation_samples, self.recipe.seed,
+        )  # fmt: skip
+
+    @cached_property
+    def method(self) -> str:
+        return load(self.out / "calibration.json", Method).chosen
+
+    @cached_property
+    def sources(self) -> dict[str, build.Source]:
+        """Weights to build from: the baseline's and the super-network's."""
+        found = {}
+        for name, folder in (("baseline", finetune.baseline_folder(self.out)), ("supernet", self.out / "supernet")):
+            evaluator = self.evaluator(folder, self.method)
+            found[name] = build.Source(evaluator.net, evaluator)
+        return found
+
+    @cached_property
+    def pricing(self) -> Pricing:
+        return Pricing(self.family, self.config, self.space, self.target, self.table)
+
+    @cached_property
+    def parts(self) -> build.Parts:
+        return build.Parts(
+            space=self.space, target=self.target, backend=self.backend, blueprints=self.out / "blueprints",
+            preprocessor=Preprocessor.from_folder(self.out / "data" / "preprocessor"), hf_config=self.config.to_dict(),
+            labels=self.manifest.label_names, task=self.recipe.task, sample=self.split("calibration", "reference sample"),
+            table_digest=digest(self.table),
+        )  # fmt: skip
+
+    def deadline(self, share: float) -> float:
+        """Monotonic time at which a share of `minutes` has passed."""
+        return self.began + share * 60 * self.recipe.minutes if self.recipe.minutes else float("inf")
+
+    # ------------------------------------------------------------------------------------------ stages
+
+    def _data(self) -> list[Path]:
+        r, folder = self.recipe, self.model_folder
+        config = models.read_config(folder)
+        preprocessor = Preprocessor.from_model_folder(
+            folder, config.to_dict(), r.data.max_length, [spec.name for spec in self.family.inputs(config)]
+        )
+        own = None if r.new_head or r.model == TOY or not models.has_head(folder) else config.id2label
+        settings, objects = _embedded_data(r) if r.model in (DEMO, TOY) and not r.data.data else (r.data, dict(self.given.data))
+        manifest = data.prepare(
+            settings, preprocessor, self.task, self.out / "data", id2label=own, sources=objects, progress=self.progress.step
+        )
+        if own and manifest.head == "new":
+            raise ModelError(
+                f"the model's head has other labels than the data: {', '.join(models.head_labels(config))}",
+                detail=f"labels of the data: {', '.join(manifest.label_names)}",
+                hint="rename the data's labels to the head's, or give --new-head to train another head",
+            )
+        counts = ", ".join(f"{info.name} {info.samples:,}" for info in manifest.splits)
+        removed = sum(info.duplicates + info.conflicts for info in manifest.splits)
+        self.progress.note(f"{counts}; {removed} duplicates and contradictions left out")
+        return [self.out / "data" / data.MANIFEST]
+
+    def _profile(self) -> list[Path]:
+        space = self.space_of(self.config, ())
+        environment = self.device.environment(self.target, self.backend.versions())
+        explicit = Path(self.recipe.tables) if self.recipe.tables else None
+        operators = network.operators(self.family, self.config, space, self.target)
+        found = latency_table.find(self.target, environment, operators, explicit)
+        work = self.out / "profiling"
+        if found is not None and not found.missing:
+            profiler.canary(found.table, self.family, self.config, space, self.backend, self.device, work, self.recipe.seed)
+            self.progress.note(f"using the latency table {found.path}")
+            table = found.table
+        else:
+            table = profiler.profile(
+                self.family, self.config, space, self.target, self.backend, self.device, work, self.recipe.seed, self.progress,
+                seconds=self.recipe.profile_seconds, existing=found.table if found else None,
+            )  # fmt: skip
+            self.progress.note(f"new latency table: {latency_table.store(table, explicit)}")
+        save(table, self.out / "table.json")
+        self.progress.note(f"{len(table.rows)} operators, 90 % interval ±{100 * table.relative_error:.1f} %")
+        return [self.out / "table.json"]
+
+    def _finetune(self) -> list[Path]:
+        train, validation = self.split("train", "fine-tuning"), self.split("validation", "early stopping")
+        key = self.out / "training" / "inputs.json"
+        wanted = encode(digest(self.done["data"].files, self.recipe.finetune, self.recipe.seed, self.metric, self.target))
+        if key.is_file() and key.read_bytes() != wanted:
+            _discard(self.out, ("teacher", "supernet", "control", "training"))
+        write_atomic(key, wanted)
+        plan = finetune.Plan(
+            family=self.family, model=self.model_folder, head=self.head, space_of=self.space_of, train=train, validation=validation,
+            task=self.task, metric=self.metric, settings=self.recipe.finetune, seed=self.recipe.seed, out=self.out,
+            teacher_deadline=self.deadline(TEACHER_SHARE), deadline=self.deadline(FINETUNE_SHARE),
+        )  # fmt: skip
+        finetune.finetune(plan, self.progress)
+        folders = [self.out / "supernet", finetune.baseline_folder(self.out)]
+        return [path for folder in folders for path in sorted(folder.iterdir())]
+
+    def _search(self) -> list[Path]:
+        baseline = finetune.baseline_folder(self.out)
+        tried = [self.evaluator(baseline, method) for method in self.recipe.search.calibration_methods]
+        self.progress.note("choosing the calibration method on the uniformly quantized baseline")
+        best, scores = best_method(tried, uniform(self.space))
+        save(Method(chosen=best.method, scores=scores), self.out / "calibration.json")
+        reference = best.score(largest(self.space))
+        save(reference, self.out / "baseline.json")
+        self.progress.note(f"baseline {self.metric} {reference.value:.2f} on validation; calibration by {best.method}")
+        front = search(
+            self.evaluator(self.out / "supernet", best.method), self.pricing, reference,
+            self.recipe.budgets.bounds(self.target.id), self.recipe.search, self.recipe.seed, self.out / "journal.jsonl", self.progress,
+            self.deadline(SEARCH_SHARE),
+        )  # fmt: skip
+        save(front, self.out / "front.json")
+        self.progress.note(f"{front.scored} candidates scored, {len(front.evaluations)} on the front")
+        return [self.out / name for name in ("calibration.json", "baseline.json", "front.json")]
+
+    def _build(self) -> list[Path]:
+        front, reference = load(self.out / "front.json", Front), load(self.out / "baseline.json", Score)
+        chosen = rerank.select(front, reference, self.recipe.measure.top_k, self.recipe.measure.safety)
+        jobs = [(rerank.BASELINE, "baseline", "baseline", largest(self.space)), (rerank.UNIFORM, "uniform", "baseline", uniform(self.space))]
+        jobs += [(f"candidate-{n}", "candidate", "supernet", e.candidate) for n, e in enumerate(chosen, 1)]
+        written = []
+        for number, (name, role, source, point) in enumerate(jobs, 1):
+            folder = self.out / "engines" / name
+            predicted = self.pricing(point)[1]
+            if not self._built(folder, source, point):
+                build.build(self.parts, self.sources[source], point, name, role, predicted, folder)
+            written.append(folder / "manifest.json")
+            self.progress.step("engines built", number, len(jobs))
+        wanted = {name for name, *_ in jobs}
+        for folder in (self.out / "engines").iterdir():
+            if folder.name.startswith("candidate-") and folder.name not in wanted:
+                _discard(self.out / "engines", (folder.name,))
+        return written
+
+    def _built(self, folder: Path, source: str, point: Any) -> bool:
+        if not (folder / "manifest.json").is_file():
+            return False
+        manifest = load(folder / "manifest.json", EngineManifest)
+        same = (point, self.sources[source].evaluator.weights_digest, digest(self.table), self.target)
+        return (manifest.candidate, manifest.weights_digest, manifest.table_digest, manifest.target) == same
+
+    def _measure(self) -> list[Path]:
+        folders = [self.out / Path(name).parent for name, _ in self.done["build"].files]
+        out, validation = self.out / "measurements", self.split("validation", "scores of engine files")
+        measured = measure.measure(
+            folders, self.device, self.target, validation, self.task, self.metric, self.recipe.measure, self.recipe.seed, out, self.progress
+        )
+        pairs = self._agreement(validation, out / "agreement")
+        write_atomic(self.out / "agreement.json", msgspec.json.format(encode(measure.agreement(pairs)), indent=1))
+        return [*(out / f"{m.engine}.json" for m in measured), self.out / "agreement.json"]
+
+    def _agreement(self, validation: data.Split, folder: Path) -> dict[str, tuple[float, float]]:
+        """Candidate ▸ (emulated, engine) validation score for scored candidates drawn at random."""
+        source = self.sources["supernet"]
+        scored = [
+            e for e in journal.read(self.out / "journal.jsonl", Evaluation)
+            if (e.score.evaluator_digest, e.score.weights_digest) == (source.evaluator.digest, source.evaluator.weights_digest)
+            and e.candidate.space == self.space.id
+        ]  # fmt: skip
+        drawn = np.random.default_rng(self.recipe.seed).permutation(len(scored))[: self.recipe.measure.agreement]
+        part = validation.take(source.evaluator.rows)
+        pairs = {}
+        for number, index in enumerate(drawn, 1):
+            e = scored[index]
+            path = folder / f"{e.candidate.id}-{source.evaluator.weights_digest[:8]}.json"
+            if not path.is_file():
+                save(self._engine_score(source, e, part), path)
+            pairs[e.candidate.id] = (e.score.value, load(path, Score).value)
+            self.progress.step("emulated against built engines", number, len(drawn))
+        return pairs
+
+    def _engine_score(self, source: build.Source, e: Evaluation, part: data.Split) -> Score:
+        with tempfile.TemporaryDirectory(dir=self.out) as scratch:
+            graphs = self.backend.build(build.lower(self.parts, source, e.candidate), self.target, Path(scratch))
+            runner = self.backend.load(Path(scratch), graphs, self.target)
+            digests = (e.score.split_digest, e.score.weights_digest, e.score.evaluator_digest)
+            return measure.score_runner(runner, part, self.task, self.metric, *digests)
+
+    def _rerank(self) -> list[Path]:
+        measured = [load(self.out / name, Measurement) for name, _ in self.done["measure"].files if name.startswith("measurements/")]
+        manifests = {m.engine: load(self.out / "engines" / m.engine / "manifest.json", EngineManifest) for m in measured}
+        save(rerank.correct(manifests, measured, digest(self.table)), self.out / "correction.json")
+        choice = rerank.choose(manifests, measured, self.recipe.budgets.bounds(self.target.id), self.recipe.measure.safety)
+        save(choice, self.out / "choice.json")
+        self.progress.note(f"chosen: {choice.engine}, {choice.reason}")
+        result = rerank.examine(
+            choice, self.out / "engines", lambda: self.split("test", "final scores"), self.task, self.metric,
+            self.out / "measurements" / "scores", self.recipe.seed,
+        )  # fmt: skip
+        save(result, self.out / "test.json")
+        return [self.out / name for name in ("correction.json", "choice.json", "test.json")]
+
+    def _report(self) -> list[Path]:
+        return list(report.report(self.out))
+
+
+# ---------------------------------------------------------------------------------------------- beside a run
+
+
+def build_candidate(out: Path, number: int, progress: Progress | None = None) -> Path:
+    """Build candidate `number` (from 1, cheapest first) of a finished front into `engines/front-<number>`; its folder."""
+    with _locked(out):
+        recipe = load(out / "recipe.json", Recipe)
+        front = load(out / "front.json", Front)
+        if not 1 <= number <= len(front.evaluations):
+            raise RecipeError(f"no such candidate: {number}", hint=f"the front of {out} has 1 to {len(front.evaluations)}")
+        context = Context(recipe, out, progress or Silent(), Given())
+        e = front.evaluations[number - 1]
+        name = f"front-{number}"
+        folder = out / "engines" / name
+        if not context._built(folder, "supernet", e.candidate):
+            build.build(context.parts, context.sources["supernet"], e.candidate, name, "candidate", e.latency, folder)
+        return folder
+
+
+def plan(recipe: Recipe, out: Path) -> list[dict[str, Any]]:
+    """What `run` would do: per stage what, whether it was finished before, and rough minutes and megabytes where they can be told."""
+    finished = {path.stem: load(path, StageDone) for path in (out / "stages").glob("*.json")} if out.is_dir() else {}
+    s, m, f = recipe.search, recipe.measure, recipe.finetune
+    engines = m.top_k + 2
+    what = {
+        "data": "read, check, deduplicate and split the labelled data",
+        "profile": f"time every operator of the space on `{recipe.device}`, unless a table of this machine is known",
+        "finetune": f"{f.recipe}: {f.epochs} epochs of the super-network after up to {f.teacher_epochs} of a teacher",
+        "search": f"{s.searcher}: up to {s.evaluations} candidates scored on validation",
+        "build": f"{engines} engines: baseline, uniform INT8, {m.top_k} candidates",
+        "measure": f"{engines} engines side by side: latency, throughput at batch {', '.join(map(str, m.batches))}, memory, accuracy",
+        "rerank": "choose by what was measured, then read test once",
+        "report": "HTML, Markdown and JSON",
+    }
+    size = _weights_megabytes(recipe)
+    minutes = {
+        "profile": recipe.profile_seconds / 60, "measure": engines * (len(m.batches) * m.seconds + measure.LATENCY_SECONDS) / 60,
+        "finetune": FINETUNE_SHARE * recipe.minutes or None, "search": (SEARCH_SHARE - FINETUNE_SHARE) * recipe.minutes or None,
+    }  # fmt: skip
+    disk = {"finetune": size and 6 * size, "build": size and engines * size}
+    return [
+        {"stage": stage, "what": what[stage], "done": stage in finished, "minutes": minutes.get(stage), "disk_mb": disk.get(stage)}
+        for stage in STAGES
+    ]
+
+
+def _weights_megabytes(recipe: Recipe) -> float | None:
+    folder = Path(__file__).parent / "demo" / "model" if recipe.model == DEMO else Path(recipe.model).expanduser()
+    files = list(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return sum(path.stat().st_size for path in files) / 1e6 if files else None
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise RecipeError(f"the run folder is a file: {out}", hint="give another folder with --out") from error
+    lock = filelock.FileLock(out / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise RecordError(f"another process is working in this run folder: {out}", hint="wait for it, or give another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _keep_recipe(recipe: Recipe, out: Path) -> None:
+    """Store the recipe; RecipeError if the folder holds a run of something else."""
+    path = out / "recipe.json"
+    if path.is_file():
+        before = load(path, Recipe)
+        faults = [
+            f"{name}: {getattr(before, name)} there, {getattr(recipe, name)} asked for" for name in FIXED if getattr(before, name) != getattr(recipe, name)
+        ]
+        if faults:
+            raise RecipeError(f"{out} holds another run", detail="\n".join(faults), hint="give another --out, or the same settings")
+    save(recipe, path)
+
+
+def _unchanged(path: Path, sha: str) -> bool:
+    return path.is_file() and file_digest(path) == sha
+
+
+def _discard(folder: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _source_digests(recipe: Recipe) -> list[tuple[str, str]]:
+    """What the data's files hold, so that an edited file is read again."""
+    found = []
+    for source in (recipe.data.data, recipe.data.calibration, recipe.data.validation, recipe.data.test):
+        path = Path(source).expanduser()
+        if source and path.is_file():
+            found.append((source, file_digest(path)))
+        elif source and path.is_dir():
+            found.append((source, digest([(str(p.relative_to(path)), p.stat().st_size) for p in sorted(path.rglob("*"))])))
+    return found
+
+
+def _embedded_data(recipe: Recipe) -> tuple[data.DataSettings, dict[str, Any]]:
+    if recipe.model == TOY:
+        from nascompile.families.toy import demo_data
+
+        return recipe.data, {"train": demo_data(2000, recipe.seed)}
+    folder = Path(__file__).parent / "demo"
+    names = {"data": "train", "calibration": "calibration", "validation": "validation", "test": "test"}
+    return msgspec.structs.replace(recipe.data, **{key: str(folder / f"{name}.parquet") for key, name in names.items()}), {}
+
+
+def _toy_model(folder: Path, seed: int) -> Path:
+    """A freshly initialized toy network, stored once."""
+    if not folder.is_dir():
+        import torch
+
+        from nascompile.families.toy import ToyConfig
+
+        torch.manual_seed(seed)
+        family = plugins.get("families", "toy")
+        finetune.store_model(Supernet(family, family.create(ToyConfig(num_labels=3))), folder, {})
+    return folder
+
+
+def _stored_model(given: Given, folder: Path) -> Path:
+    """A model in memory, saved with its tokenizer or image processor so that the run can be resumed without it."""
+    if not folder.is_dir():
+        temporary = folder.with_name(f".{folder.name}.part")
+        _discard(folder.parent, (temporary.name,))
+        with quiet():
+            given.model.save_pretrained(temporary)
+        if given.processor is not None:
+            given.processor.save_pretrained(temporary)
+        temporary.rename(folder)
+    return folder

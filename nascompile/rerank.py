@@ -1,0 +1,139 @@
+"""The choosing stage: measured engines against their predictions and the budgets; then, and only then, the test split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nascompile.accuracy import drop, gain
+from nascompile.errors import BudgetError
+from nascompile.measure import Loaded, score_engine
+from nascompile.records import (
+    Budget,
+    Choice,
+    Correction,
+    Difference,
+    EngineManifest,
+    Evaluation,
+    Front,
+    Measurement,
+    Score,
+    TestResult,
+    digest,
+)
+from nascompile.tasks.metrics import paired_bootstrap
+
+BASELINE, UNIFORM = "baseline", "uniform-int8"
+
+
+def select(front: Front, baseline: Score, count: int, safety: float) -> tuple[Evaluation, ...]:
+    """The candidates worth building, best first: those that meet every budget with `safety` standard errors to spare, then those that just do."""
+    ranked = sorted(
+        (e for e in front.evaluations if _margin(baseline, e.score, front.budgets, 0.0) >= 0),
+        key=lambda e: (
+            _margin(baseline, e.score, front.budgets, safety) < 0,
+            *_order(front.budgets, gain(e.score), e.latency.value),
+            e.candidate.id,
+        ),
+    )
+    return tuple(ranked[:count])
+
+
+def correct(manifests: Mapping[str, EngineManifest], measured: Sequence[Measurement], table_digest: str) -> Correction:
+    """Residuals of every engine that had a prediction: (engine, predicted ms, measured ms), and the median ratio."""
+    rows = []
+    for m in measured:
+        predicted = manifests[m.engine].predicted
+        if predicted is not None:
+            rows.append((m.engine, predicted.value, m.latency.value))
+    ratios = [b / a for _, a, b in rows]
+    return Correction(
+        table_digest=table_digest, residuals=tuple(rows), factor=float(np.median(ratios)),
+        spread=float(np.max(np.abs(np.array(ratios) / np.median(ratios) - 1))),
+    )  # fmt: skip
+
+
+def choose(
+    manifests: Mapping[str, EngineManifest], measured: Sequence[Measurement], budgets: tuple[Budget, ...], safety: float
+) -> Choice:
+    """The best engine file by what was measured; BudgetError with the nearest one if none meets the budgets."""
+    scores = {m.engine: m.score for m in measured if m.score is not None}
+    baseline = scores[BASELINE]
+    rejected, sound = {}, []
+    for m in measured:
+        if fault := _fault(m, manifests[m.engine], scores[m.engine], baseline, budgets):
+            rejected[m.engine] = fault
+        else:
+            sound.append(m)
+    if not sound:
+        nearest = min(measured, key=lambda m: drop(baseline, scores[m.engine])[0])
+        raise BudgetError(
+            f"none of the {len(measured)} measured engines meets the budget: " + ", ".join(f"{b.metric} ≤ {b.bound:g}" for b in budgets),
+            detail="\n".join(f"{name}: {why}" for name, why in rejected.items()),
+            hint=f"nearest in accuracy is {nearest.engine}; widen a budget and run again: nothing is scored or measured twice",
+        )
+    ranked = sorted(
+        sound,
+        key=lambda m: (
+            _margin(baseline, scores[m.engine], budgets, safety) < 0,
+            *_order(budgets, gain(scores[m.engine]), m.latency.quantile(0.5)),
+            m.engine,
+        ),
+    )
+    best = ranked[0]
+    lost, error = drop(baseline, scores[best.engine])
+    aim = "highest validation accuracy" if _costs(budgets) else "lowest measured latency"
+    spare = "" if _margin(baseline, scores[best.engine], budgets, safety) >= 0 else f", though not with {safety:g} standard errors to spare"
+    return Choice(
+        engine=best.engine,
+        reason=f"{aim} among the engines that meet every budget on validation{spare}: "
+        f"{best.latency.quantile(0.5):.3g} ms, drop {lost:.2f} ± {error:.2f} points",
+        budgets=budgets, ranking=tuple(m.engine for m in ranked), rejected=tuple(sorted(rejected.items())),
+    )  # fmt: skip
+
+
+def examine(choice: Choice, engines: Path, open_test: Callable[[], Any], task: Any, metric: str, folder: Path, seed: int) -> TestResult:
+    """Test scores of the chosen engine, the baseline and the uniform engine: the one reading of the test split."""
+    split = open_test()
+    names = list(dict.fromkeys((BASELINE, UNIFORM, choice.engine)))
+    scores = {name: score_engine(Loaded.open(engines / name), split, task, metric, folder) for name in names if (engines / name).is_dir()}
+    differences = [
+        _difference(choice.engine, name, scores[choice.engine], scores[name], seed) for name in scores if name != choice.engine
+    ]
+    return TestResult(choice_digest=digest(choice), scores=tuple(scores.items()), differences=tuple(differences))
+
+
+def _difference(engine: str, reference: str, a: Score, b: Score, seed: int) -> Difference:
+    value, low, high = paired_bootstrap(np.asarray(a.per_sample), np.asarray(b.per_sample), seed=seed)
+    unit, scale = ("points", 100.0) if a.metric == "accuracy" else ("per-sample value", 1.0)
+    return Difference(engine=engine, reference=reference, value=value * scale, low=low * scale, high=high * scale, unit=unit)
+
+
+def _order(budgets: tuple[Budget, ...], accuracy: float, latency_ms: float) -> tuple[float, float]:
+    """What is best within the budgets: accuracy where a cost is bounded, else speed."""
+    return (-accuracy, latency_ms) if _costs(budgets) else (latency_ms, -accuracy)
+
+
+def _costs(budgets: tuple[Budget, ...]) -> tuple[Budget, ...]:
+    return tuple(b for b in budgets if b.metric != "drop")
+
+
+def _margin(baseline: Score, score: Score, budgets: tuple[Budget, ...], safety: float) -> float:
+    """Points left inside `max_drop` after `safety` standard errors; infinite without that budget."""
+    bound = next((b.bound for b in budgets if b.metric == "drop"), None)
+    if bound is None:
+        return float("inf")
+    lost, error = drop(baseline, score)
+    return bound - lost - safety * error
+
+
+def _fault(m: Measurement, manifest: EngineManifest, score: Score, baseline: Score, budgets: tuple[Budget, ...]) -> str:
+    """Why a measured engine breaks a budget; empty if it does not."""
+    macs = sum(node.macs for node in manifest.graph.nodes) / 1e6 if manifest.graph else 0.0
+    actual = {
+        "latency_ms": m.latency.quantile(0.5), "size_mb": manifest.size_bytes / 1e6, "macs_m": macs, "drop": drop(baseline, score)[0],
+    }  # fmt: skip
+    return "; ".join(f"{b.metric} {actual[b.metric]:.3g} > {b.bound:g}" for b in budgets if actual[b.metric] > b.bound)

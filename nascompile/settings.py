@@ -1,0 +1,246 @@
+"""A recipe: everything a run depends on, from a TOML file, the command line or the API; each default is stated here, once."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from nascompile import plugins
+from nascompile.data import DataSettings
+from nascompile.errors import RecipeError
+from nascompile.records import Budget, Record
+
+DEMO, TOY = "demo", "toy"
+"""Names of the two embedded models: the Fashion-MNIST ViT, and the synthetic residual MLP of the fake device."""
+
+
+class FinetuneSettings(Record, frozen=True):
+    """Teacher and super-network training."""
+
+    recipe: str = "instatune"
+    teacher_epochs: int = 4
+    """Plain fine-tuning before the super-network; not used where the model already has a matching head."""
+    epochs: int = 4
+    batch_size: int = 32
+    learning_rate: float = 0.0
+    """Peak of AdamW; 0: 5e-5 · 768 / hidden size."""
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    """Share of the steps."""
+    patience: int = 3
+    """Epochs without a better validation score before training stops; the best weights are kept."""
+    ce_weight: float = 0.3
+    """InstaTune's a: labels against distillation."""
+    strong_teacher: float = 1.0
+    """InstaTune's g: 1 distils from the fine-tuned teacher, 0 from the super-network itself."""
+    temperature: float = 1.0
+    """InstaTune's ρ."""
+    random_subnets: int = 1
+    """InstaTune's M: random sub-networks per step."""
+    class_weights: bool = False
+    """Weigh the loss by inverse class frequency."""
+    importance: bool = True
+    """Sort heads, neurons and layers by importance before slicing."""
+    control: bool = False
+    """Train the baseline on with as many passes as the super-network gets, and keep it where validation is better."""
+
+
+class SearchSettings(Record, frozen=True):
+    """What is searched, how long, and how a candidate is scored."""
+
+    searcher: str = "nsga2"
+    objectives: tuple[str, ...] = ("error", "latency_ms")
+    """Two or more of error, latency_ms, size_mb, macs_m; all minimized."""
+    evaluations: int = 96
+    """Candidates scored at most."""
+    population: int = 16
+    calibration_samples: int = 128
+    validation_samples: int = 0
+    """Samples a candidate is scored on (the first ones of a seeded shuffle); 0: all of validation."""
+    calibration_methods: tuple[str, ...] = ("minmax", "percentile", "mse")
+    """Tried on the uniformly quantized teacher; the one with the best validation score is used."""
+
+
+class MeasureSettings(Record, frozen=True):
+    """What is built and measured."""
+
+    top_k: int = 4
+    seconds: float = 10.0
+    """Wall-clock window of each throughput figure."""
+    batches: tuple[int, ...] = (1, 8, 32)
+    agreement: int = 20
+    """Random scored candidates whose emulated accuracy is compared with their built engine's; 0: none."""
+    safety: float = 1.0
+    """Standard errors by which a candidate's measured drop must stay inside `max_drop`."""
+
+
+class Budgets(Record, frozen=True):
+    """What the engine must meet; at least one. `max_drop` is in points of the metric, against the baseline on validation."""
+
+    latency_ms: float | None = None
+    size_mb: float | None = None
+    macs_m: float | None = None
+    max_drop: float | None = None
+
+    def bounds(self, target: str) -> tuple[Budget, ...]:
+        """The given ones as records."""
+        named = {"latency_ms": self.latency_ms, "size_mb": self.size_mb, "macs_m": self.macs_m, "drop": self.max_drop}
+        return tuple(Budget(metric=m, bound=b, target="" if m == "drop" else target) for m, b in named.items() if b is not None)
+
+
+class Recipe(Record, frozen=True):
+    """One run of the main job."""
+
+    model: str = DEMO
+    """A local folder (safetensors), a Hugging Face id, or the name of an embedded model."""
+    new_head: bool = False
+    """Train a new classification head although the model has one."""
+    data: DataSettings = DataSettings()
+    task: str = "classification"
+    metric: str = ""
+    """Empty: the task's default."""
+    device: str = "cpu"
+    backend: str = ""
+    """Empty: the device's default."""
+    threads: int = 1
+    budgets: Budgets = Budgets()
+    finetune: FinetuneSettings = FinetuneSettings()
+    search: SearchSettings = SearchSettings()
+    measure: MeasureSettings = MeasureSettings()
+    seed: int = 0
+    minutes: float = 0.0
+    """Wall-clock limit shared out over the stages; 0: none."""
+    profile_seconds: float = 20.0
+    allow_foreign: bool = False
+    """Use a latency table taken in another environment; written into every result."""
+    tables: str = ""
+    """Folder of latency tables looked into first."""
+
+
+def from_toml(path: Path, given: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe in a TOML file, `given` settings (`finetune.epochs` ▸ 3) taking precedence.
+
+    RecipeError listing every unknown key and wrong value together.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"no such recipe: {path}", hint="`nascompile run --help` lists the flags that do without one") from error
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe: {path}", detail=str(error.strerror)) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"not a TOML file: {path}", detail=str(error)) from error
+    return from_mapping(_merged(content, given or {}), str(path))
+
+
+def replace(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
+    """The recipe with `given` settings (`finetune.epochs` ▸ 3) in place of its own, checked."""
+    return from_mapping(_merged(msgspec.to_builtins(recipe), given), "the settings given")
+
+
+def demo_recipe() -> Recipe:
+    """The embedded vision transformer on its Fashion-MNIST subset: less than five minutes on two cores."""
+    return Recipe(
+        model=DEMO,
+        budgets=Budgets(max_drop=1.0),
+        finetune=FinetuneSettings(epochs=2, batch_size=64),
+        search=SearchSettings(evaluations=48),
+        measure=MeasureSettings(top_k=3, seconds=3.0, batches=(1, 8)),
+        profile_seconds=20.0,
+    )
+
+
+def toy_recipe() -> Recipe:
+    """The embedded toy network on the simulated device: the whole pipeline in seconds, nothing measured."""
+    return Recipe(
+        model=TOY,
+        device="fake",
+        budgets=Budgets(max_drop=2.0),
+        finetune=FinetuneSettings(teacher_epochs=3, epochs=2),
+        search=SearchSettings(evaluations=16, population=8),
+        measure=MeasureSettings(top_k=2, seconds=0.1, batches=(1, 8), agreement=4),
+        profile_seconds=1.0,
+    )
+
+
+def from_mapping(content: Mapping[str, Any], origin: str) -> Recipe:
+    """A recipe from nested plain values, checked."""
+    faults = list(_unknown(Recipe, content, ""))
+    if faults:
+        raise RecipeError(f"unknown settings in {origin}: {len(faults)}", detail="\n".join(faults))
+    try:
+        return check(msgspec.convert(content, Recipe, strict=True))
+    except msgspec.ValidationError as error:
+        raise RecipeError(f"wrong value in {origin}", detail=str(error)) from error
+
+
+def check(recipe: Recipe) -> Recipe:
+    """The same recipe; RecipeError with all faults of value at once."""
+    f, s, m = recipe.finetune, recipe.search, recipe.measure
+    faults = [
+        f"{name} = {value}: {need}"
+        for name, value, fine, need in (
+            ("threads", recipe.threads, recipe.threads >= 1, "at least 1"),
+            ("minutes", recipe.minutes, recipe.minutes >= 0, "0 (no limit) or more"),
+            ("profile_seconds", recipe.profile_seconds, recipe.profile_seconds > 0, "more than 0"),
+            ("finetune.epochs", f.epochs, f.epochs >= 0, "0 or more"),
+            ("finetune.teacher_epochs", f.teacher_epochs, f.teacher_epochs >= 1, "at least 1"),
+            ("finetune.batch_size", f.batch_size, f.batch_size >= 1, "at least 1"),
+            ("finetune.learning_rate", f.learning_rate, 0 <= f.learning_rate < 1, "0 (automatic) or a rate below 1"),
+            ("finetune.ce_weight", f.ce_weight, 0 <= f.ce_weight <= 1, "between 0 and 1"),
+            ("finetune.strong_teacher", f.strong_teacher, 0 <= f.strong_teacher <= 1, "between 0 and 1"),
+            ("finetune.temperature", f.temperature, f.temperature > 0, "more than 0"),
+            ("search.evaluations", s.evaluations, s.evaluations >= 1, "at least 1"),
+            ("search.population", s.population, s.population >= 2, "at least 2"),
+            ("search.calibration_samples", s.calibration_samples, s.calibration_samples >= 1, "at least 1"),
+            ("search.objectives", s.objectives, len(s.objectives) >= 2 and set(s.objectives) <= set(OBJECTIVES), f"two or more of {', '.join(OBJECTIVES)}"),
+            ("search.calibration_methods", s.calibration_methods, bool(s.calibration_methods) and set(s.calibration_methods) <= set(METHODS), f"some of {', '.join(METHODS)}"),
+            ("measure.top_k", m.top_k, m.top_k >= 1, "at least 1"),
+            ("measure.seconds", m.seconds, m.seconds > 0, "more than 0"),
+            ("measure.batches", m.batches, bool(m.batches) and min(m.batches) >= 1, "batch sizes of at least 1"),
+            ("budgets", "none", recipe.budgets != Budgets(), "give at least one: --max-drop, --latency-ms, --size-mb or --macs-m"),
+            *((f"budgets.{n}", b, b is None or b > 0 or (n == "max_drop" and b >= 0), "more than 0") for n, b in msgspec.structs.asdict(recipe.budgets).items()),
+        )
+        if not fine
+    ]  # fmt: skip
+    for folder, name in (("tasks", recipe.task), ("recipes", f.recipe), ("searchers", s.searcher)):
+        if name not in plugins.names(folder):
+            faults.append(f"{folder.rstrip('s')} = {name}: one of {', '.join(plugins.names(folder))}")
+    if not faults and recipe.metric and recipe.metric not in (known := plugins.get("tasks", recipe.task).metrics):
+        faults.append(f"metric = {recipe.metric}: one of {', '.join(known)}")
+    if faults:
+        raise RecipeError("the recipe cannot be run", detail="\n".join(faults), hint="`nascompile run --help` explains every setting")
+    return recipe
+
+
+OBJECTIVES = ("error", "latency_ms", "size_mb", "macs_m")
+METHODS = ("minmax", "percentile", "mse")
+Objective = Literal["error", "latency_ms", "size_mb", "macs_m"]
+
+
+def _merged(content: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(content)
+    for name, value in given.items():
+        section, _, key = name.rpartition(".")
+        if not section:
+            merged[key] = value
+        elif isinstance(merged.setdefault(section, {}), Mapping):
+            merged[section] = {**merged[section], key: value}
+    return merged
+
+
+def _unknown(kind: Any, content: Mapping[str, Any], prefix: str) -> list[str]:
+    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    faults = []
+    for key, value in content.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            faults.append(f"{prefix}{key}" + (f": did you mean {prefix}{near[0]}?" if near else f": known are {', '.join(fields)}"))
+        elif isinstance(value, Mapping) and isinstance(fields[key], type) and issubclass(fields[key], Record):
+            faults += _unknown(fields[key], value, f"{prefix}{key}.")
+    return faults
