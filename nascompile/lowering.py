@@ -32,7 +32,7 @@ from nascompile.records import Candidate, Operator, SearchSpace, Target, digest,
 OPSET = 20
 STRUCTURE_PASSES = ("inline_constants", "split_gemm", "fuse_attention")
 """Applied to the blueprint, before weights exist."""
-PASSES = ("fold_linear", "quantize_linear", "quantize_table", "fuse_integer_matmul")
+PASSES = ("fold_linear", "quantize_linear", "quantize_table", "unsigned_weights", "fuse_integer_matmul")
 """Applied to a candidate's graph, with its weights."""
 RANDOM_RANGE = (-4.0, 4.0)
 """Input range of quantized products in an operator's graph: about what follows a layer norm."""
@@ -410,7 +410,7 @@ def describe(model: onnx.ModelProto, family: Family, config: Any) -> list[Block]
     for tensor in model.graph.initializer:
         name = parameter_of(tensor.name)
         stored = tensor.name.removeprefix(name)
-        if stored in ("", TRANSPOSED, INT8, TRANSPOSED + INT8):
+        if stored in ("", TRANSPOSED) or stored.endswith(INT8):
             shapes[name] = tuple(reversed(tensor.dims)) if TRANSPOSED in stored else tuple(tensor.dims)
             if INT8 in stored:
                 integers.add(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +21,30 @@ MatMulAddFusion also makes QDQ products dequantize their weights at every run.""
 LEVELS = {"disabled": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL"}
 
 
+VNNI = ("avx512_vnni", "avx_vnni")
+
+
+def integer_passes(machine: str, flags: frozenset[str]) -> tuple[str, ...]:
+    """What makes integer products exact on a processor: x86 without VNNI saturates sums of u8·s8 products at 16 bits."""
+    exact = machine.lower() not in ("x86_64", "amd64", "i686", "x86") or not flags.isdisjoint(VNNI)
+    return () if exact else ("unsigned_weights",)
+
+
+def _cpu_flags() -> frozenset[str]:
+    """Instruction sets as Linux names them; empty elsewhere, which gives exact products that may be slower."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
+
+
 class OnnxRuntime:
     name = "onnxruntime"
     accepts: Literal["onnx", "torch", "hf_folder"] = "onnx"
     width_multiple = 32
     """MLAS multiplies tiles of 16 (AVX2, VNNI) or 32 (AVX-512 float) columns and groups of 4 rows: multiples of 32 leave none partial."""
-    passes = ("fuse_attention", "fuse_integer_matmul")
+    passes: tuple[str, ...] = ("fuse_attention", *integer_passes(platform.machine(), _cpu_flags()), "fuse_integer_matmul")
 
     def unavailable(self) -> str:
         """Why this backend cannot run here; empty if it can."""

@@ -102,12 +102,16 @@ class Graph:
         needed = {id(node) for node in self.ancestors(outputs)}
         ordered: list[onnx.NodeProto] = []
         done: set[int] = set()
+        entered: set[int] = set()
         for root in (node for node in self.nodes if id(node) in needed):
             stack = [root]
             while stack:
                 node = stack[-1]
                 waiting = [p for name in node.input if (p := self.producer.get(name)) is not None and id(p) not in done]
                 if waiting and id(node) not in done:
+                    if id(node) in entered:
+                        raise ValueError(f"the graph has a cycle through {node.name}")
+                    entered.add(id(node))
                     stack.extend(reversed(waiting))
                     continue
                 stack.pop()
@@ -158,6 +162,6 @@ def parameter_of(tensor: str) -> str:
     return tensor
 
 
-INT8, SCALE, ZERO_POINT, TRANSPOSED = ".int8", ".scale", ".zero_point", ".T"
-SUFFIXES = (INT8, SCALE, ZERO_POINT, TRANSPOSED)
-"""What passes append to a parameter's name; the transposition is always appended first."""
+INT8, SCALE, ZERO_POINT, UNSIGNED, TRANSPOSED = ".int8", ".scale", ".zero_point", ".u8", ".T"
+SUFFIXES = (INT8, SCALE, ZERO_POINT, UNSIGNED, TRANSPOSED)
+"""What passes append to a parameter's name, outermost first."""

@@ -11,10 +11,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from nascompile import engine, lowering, network, plugins, records, space as spaces
+from nascompile import engine, lowering, network, plugins, records, run_template, space as spaces
 from nascompile.errors import DataError, RecordError
 from nascompile.families.toy import ToyConfig
+from nascompile.preprocess import Preprocessing, Preprocessor
 from nascompile.records import Target
 
 SETTINGS = {"record": "Preprocessing", "version": 1, "data": {"modality": "vector", "inputs": ["features"], "features": 16}}
@@ -113,7 +116,7 @@ def test_wrong_outputs_are_found_even_if_every_hash_fits(folder, parts, backend)
     engine.write(folder, replace(other, tolerance=1e-3), backend)
     manifest = engine.read_manifest(folder)
     records.save(records.msgspec.structs.replace(manifest, tolerance=1e-4), folder / "manifest.json")
-    with pytest.raises(RecordError, match="differs by 0.0002"):
+    with pytest.raises(RecordError, match=r"differs by 0\.0002"):
         engine.verify(folder)
 
 
@@ -218,3 +221,42 @@ runpy.run_path({folder!r} + "/run.py", run_name="__main__")
 
 def _packages():
     return [path for path in sys.path if "site-packages" in path]
+
+
+# ---------------------------------------------------------------------------------------------- run.py prepares as the package does
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"channels": 1, "resize": (28, 28)},
+        {"channels": 3, "resize": (20, 0), "crop": (16, 16), "resample": 3, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)},
+    ],
+    ids=["grey", "cropped"],
+)
+def test_run_py_prepares_images_as_the_package_does(tmp_path, monkeypatch, settings):
+    prepared = Preprocessor(Preprocessing(modality="image", inputs=("pixel_values",), **settings), {})
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 47, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    found = run_py_inputs(prepared, tmp_path, monkeypatch, run_template.images, str(tmp_path / "image.png"))
+    np.testing.assert_array_equal(found["pixel_values"], prepared([str(tmp_path / "image.png")])["pixel_values"])
+
+
+def test_run_py_prepares_texts_as_the_package_does(tmp_path, monkeypatch):
+    words = {"[PAD]": 0, "[UNK]": 1, "a": 2, "good": 3, "film": 4}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    settings = Preprocessing(modality="text", inputs=("input_ids", "attention_mask", "token_type_ids"), max_length=4)
+    prepared = Preprocessor(settings, {"tokenizer.json": tokenizer.to_str().encode()})
+    for text in ("a good film", " a bad film that is cut "):
+        found = run_py_inputs(prepared, tmp_path, monkeypatch, run_template.texts, text)
+        for name, value in prepared([text], pad="longest").items():
+            np.testing.assert_array_equal(found[name], value)
+            assert found[name].dtype == value.dtype
+
+
+def run_py_inputs(prepared, folder, monkeypatch, prepare, item):
+    for name, content in prepared.files().items():
+        (folder / name).write_bytes(content)
+    monkeypatch.setattr(run_template, "HERE", folder)
+    return prepare(run_template.data("preprocessing.json"), item)

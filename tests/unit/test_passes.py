@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from nascompile import lowering, plugins
+from nascompile.backends.onnxruntime import integer_passes
 from nascompile.errors import UnsupportedError
 from nascompile.passes import PassContext
 from nascompile.passes.graph import Graph, parameter_of
@@ -140,6 +141,28 @@ def test_int8_linear_computes_its_definition(rng, bias, fused):
         assert np.median(np.abs(run(after, x=x)[0] - want)) < 1e-6  # ties are rare; everything else is float32 rounding
 
 
+def test_unsigned_weights_are_the_same_numbers(rng):
+    model, _ = linear_model(rng)
+    context = {"quantized": {"a.weight": "int8"}, "ranges": {"a.weight": (-1.0, 3.0)}}
+    signed = apply("quantize_linear", apply("fold_linear", model), **context)
+    unsigned = apply("unsigned_weights", signed)
+    x = rng.uniform(-2, 4, (64, 16)).astype(np.float32)
+    np.testing.assert_array_equal(reference(unsigned, x=x)[0], reference(signed, x=x)[0])
+    fused = apply("fuse_integer_matmul", unsigned)
+    stored = {t.name: t.data_type for t in fused.graph.initializer}
+    assert stored["a.weight.T.u8.int8"] == stored["a.weight.T.u8.zero_point"] == TensorProto.UINT8
+    np.testing.assert_allclose(
+        runtime(fused, x=x)[0], reference(signed, x=x)[0], atol=1e-5
+    )  # the same integers; float32 sums in another order
+
+
+def test_processors_without_vnni_get_unsigned_weights():
+    assert integer_passes("x86_64", frozenset({"avx2", "avx512f"})) == ("unsigned_weights",)
+    assert integer_passes("AMD64", frozenset()) == ("unsigned_weights",)
+    assert integer_passes("x86_64", frozenset({"avx2", "avx_vnni"})) == ()
+    assert integer_passes("aarch64", frozenset()) == ()
+
+
 def test_products_share_a_quantized_input_exactly_where_the_grid_is_the_same(rng):
     model, _ = linear_model(rng, products=3)
     ranges = {"a.weight": (-1.0, 1.0), "b.weight": (-1.0, 1.0), "c.weight": (-2.0, 1.0)}
@@ -245,5 +268,5 @@ def test_something_else_added_to_the_scores_is_refused(rng):
 
 
 def test_parameter_names_survive_every_suffix():
-    for suffix in ("", ".T", ".int8", ".T.int8", ".T.scale", ".T.zero_point", ".scale"):
+    for suffix in ("", ".T", ".int8", ".T.int8", ".T.u8.int8", ".T.scale", ".T.zero_point", ".scale"):
         assert parameter_of(f"layers.0.fc.weight{suffix}") == "layers.0.fc.weight"
