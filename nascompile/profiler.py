@@ -184,6 +184,7 @@ def canary(
     """Median of now / table over a few rows of the space; TableError if the machine is not as fast as it was."""
     target = table.target
     latency_table.check_environment(table, device.environment(target, backend.versions()))
+    folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(family, config, space, target, backend, folder, seed)
     stored = {row.operator: row.latency for row in table.rows}
     noisy = {row.operator for row in table.rows if row.noisy}
@@ -244,7 +245,7 @@ def _quieter(device: Device, jobs: Sequence[Job], found: Sequence[Quantity], sec
     if again:
         second = device.time([jobs[i] for i in again], seconds=seconds * len(again), seed=seed + 1)
         for i, latency in zip(again, second, strict=True):
-            latencies[i] = min(latencies[i], latency, key=lambda q: q.value)
+            latencies[i] = min(latencies[i], latency, key=lambda q: (q.value, latency_table.noise(q)))
     return latencies
 
 
