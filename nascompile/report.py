@@ -10,7 +10,9 @@ Keys of `report.json`; a section whose records are not there has their names in 
   operators     the table's latency of every block of the baseline, the uniform and the chosen engine
   architecture  every block of the full network: kept share, precision, size
   search        searcher, seed, hypervolume over scored candidates
-  data          labels, counts, duplicates, as stored with the data
+  data          splits (samples, classes, what was left out), labels, settings
+  subject       model, task, metric and device of the recipe
+  statistic     which quantile of the latencies is compared with predictions
   observed      what latencies of engines are: measured, or simulated or modelled on a device that is
   environment   what must match for numbers to compare, and what is only recorded
   reproduce     recipe and commands
@@ -30,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from nascompile import journal
 from nascompile.errors import RecordError
 from nascompile.records import (
     Candidate,
@@ -55,11 +58,11 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 ASSETS = Path(__file__).with_name("report_assets")
 WRITERS = {
-    "table.json": "profile", "front.json": "search", "journal.jsonl": "search", "engines": "build", "agreement.json": "build",
+    "table.json": "profile", "front.json": "search", "journal.jsonl": "search", "engines": "build", "agreement.json": "measure",
     "measurements": "measure", "correction.json": "rerank", "choice.json": "rerank", "test.json": "rerank",
 }  # fmt: skip
 """Record ▸ the stage that writes it."""
-STAGES = ("profile", "finetune", "search", "build", "measure", "rerank", "report")
+STAGES = ("data", "profile", "finetune", "search", "build", "measure", "rerank", "report")
 PERCENT_METRICS = ("accuracy", "f1", "auc")
 MILLISECONDS = {"s": 1e3, "ms": 1.0, "us": 1e-3, "µs": 1e-3, "ns": 1e-6}
 
@@ -112,6 +115,8 @@ def gather(run: Path) -> Json:
         "name": _name(records),
         "note": str(records.recipe.get("note", "")),
         "observed": _observed(records),
+        "statistic": next((e["measured"]["statistic"] for e in engines if e["measured"]), ""),
+        "subject": {key: records.recipe.get(key) for key in ("model", "task", "metric", "device") if records.recipe.get(key)},
         "headline": _headline(records, engines),
         "engines": engines,
         "front": _front(records),
@@ -120,7 +125,7 @@ def gather(run: Path) -> Json:
         "operators": _operators(records, engines),
         "architecture": _architecture(records),
         "search": _search(records),
-        "data": records.data,
+        "data": _data(records),
         "environment": _environment(records),
         "reproduce": _reproduce(records),
         "stages": _stages(records),
@@ -147,7 +152,6 @@ class RunRecords:
     measurements: dict[str, Measurement]
     stages: tuple[StageDone, ...]
     scored: tuple[Evaluation, ...]
-    damaged_lines: int
 
     def engine(self, role: str) -> EngineManifest | None:
         """The first engine of a role; `chosen` is the choice's."""
@@ -160,22 +164,21 @@ def read(run: Path) -> RunRecords:
     """Every record of the folder; RecordError if the folder or nothing in it exists, or a record is damaged."""
     if not run.is_dir():
         raise RecordError(f"no such run folder: {run}", hint="`nascompile run --out FOLDER` makes one")
-    scored, damaged = _journal(run / "journal.jsonl")
+    front = _optional(run / "front.json", Front)
     return RunRecords(
         folder=run,
         recipe=_plain(run / "recipe.json"),
         data=_plain(run / "data" / "data.json"),
         agreement=_plain(run / "agreement.json"),
         table=_optional(run / "table.json", LatencyTable),
-        front=_optional(run / "front.json", Front),
+        front=front,
         correction=_optional(run / "correction.json", Correction),
         choice=_optional(run / "choice.json", Choice),
         test=_optional(run / "test.json", TestResult),
         engines=tuple(load(path, EngineManifest) for path in sorted(run.glob("engines/*/manifest.json"))),
         measurements={m.engine: m for m in (load(path, Measurement) for path in sorted(run.glob("measurements/*.json")))},
         stages=tuple(load(path, StageDone) for path in sorted(run.glob("stages/*.json"))),
-        scored=scored,
-        damaged_lines=damaged,
+        scored=_scored(run / "journal.jsonl", front),
     )
 
 
@@ -184,6 +187,7 @@ def _optional(path: Path, kind: type[R]) -> R | None:
 
 
 def _plain(path: Path) -> Json:
+    """A file's JSON object, or the data of the record it holds, without asking which record."""
     if not path.exists():
         return {}
     try:
@@ -192,19 +196,19 @@ def _plain(path: Path) -> Json:
         raise RecordError(f"damaged file: {path}", detail=str(error), hint="remove it; the stage will write it again") from error
     if not isinstance(body, dict):
         raise RecordError(f"{path} is not a JSON object: {type(body).__name__}", hint="remove it; the stage will write it again")
-    return body
+    return dict(body["data"]) if "record" in body else body
 
 
-def _journal(path: Path) -> tuple[tuple[Evaluation, ...], int]:
-    """Scored candidates, each once, and the number of damaged lines."""
-    decoder, found, damaged = msgspec.json.Decoder(Evaluation), {}, 0
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            evaluation = decoder.decode(line)
-            found[evaluation.candidate] = evaluation
-        except msgspec.DecodeError:
-            damaged += bool(line.strip())
-    return tuple(found.values()), damaged
+def _scored(path: Path, front: Front | None) -> tuple[Evaluation, ...]:
+    """Candidates scored as the front's were (same space, weights, data and evaluator), each once."""
+    if front is None or not front.evaluations:
+        return ()
+    wanted = _comparable(front.evaluations[0])
+    return tuple({e.candidate: e for e in journal.read(path, Evaluation) if _comparable(e) == wanted}.values())
+
+
+def _comparable(e: Evaluation) -> tuple[str, ...]:
+    return e.candidate.space, e.score.split_digest, e.score.weights_digest, e.score.evaluator_digest
 
 
 def _absent(*names: str) -> list[str]:
@@ -280,7 +284,8 @@ def _throughput(records: RunRecords, e: EngineManifest) -> Json | None:
 
 def _quantity(q: Quantity) -> Json:
     quantiles = {f"p{level * 100:g}": value for level, value in q.quantiles}
-    return {"value": q.value, "unit": q.unit, "kind": q.kind, "n": q.n, **quantiles}
+    statistic = next((name for name, value in quantiles.items() if value == q.value), "")
+    return {"value": q.value, "statistic": statistic, "unit": q.unit, "kind": q.kind, "n": q.n, **quantiles}
 
 
 def _score_facts(score: Score) -> Json:
@@ -367,7 +372,6 @@ def _front(records: RunRecords) -> Json:
         "objectives": list(front.objectives),
         "points": [_point(e) for e in front.evaluations],
         "scored": [_point(e) for e in records.scored if e.candidate not in members],
-        "damaged_lines": records.damaged_lines,
     }
 
 
@@ -384,8 +388,8 @@ def _prediction(records: RunRecords, engines: list[Json]) -> Json:
     stated = {name: (predicted, measured) for name, predicted, measured in records.correction.residuals} if records.correction else {}
     rows = []
     for e in engines:
-        interval, median = e["predicted"], (e["measured"] or {}).get("p50")
-        predicted, measured = stated.get(e["name"], (interval["value"] if interval else None, median))
+        interval, value = e["predicted"], (e["measured"] or {}).get("value")
+        predicted, measured = stated.get(e["name"], (interval["value"] if interval else None, value))
         if predicted and measured:
             low, high = (interval["low"], interval["high"]) if interval else (None, None)
             which = {"engine": e["name"], "role": e["role"], "chosen": e["chosen"]}
@@ -426,7 +430,7 @@ def _agreement(records: RunRecords) -> Json:
 
 
 def _operators(records: RunRecords, engines: list[Json]) -> Json:
-    """Table rows of each engine's blocks, times the table's scale: predicted ms."""
+    """Table rows of each engine's blocks and the call itself, times the table's scale: predicted ms."""
     named = {m.name: m for m in (records.engine(role) for role in ("baseline", "uniform", "chosen")) if m and m.graph}
     shown = list(named.values())
     if records.table is None or not shown:
@@ -448,12 +452,15 @@ def _operators(records: RunRecords, engines: list[Json]) -> Json:
             else:
                 unknown.append(f"{node.name}: {node.operator.label}")
         kinds: dict[str, float] = {}
+        if records.table.call is not None:
+            call = {"block": "call", "kind": "call", "operator": "one call of the runtime, whatever the network", "precision": ""}
+            blocks.append(call | {"noisy": False, "latency_ms": _ms(records.table.call) * records.table.scale})
         for block in blocks:
             kinds[block["kind"]] = kinds.get(block["kind"], 0.0) + block["latency_ms"]
         found.append(
             {
                 "name": manifest.name, "title": facts[manifest.name]["title"], "blocks": blocks, "without_row": unknown, "by_kind": kinds,
-                "total_ms": math.fsum(kinds.values()), "measured_ms": (facts[manifest.name]["measured"] or {}).get("p50"),
+                "total_ms": math.fsum(kinds.values()), "measured_ms": (facts[manifest.name]["measured"] or {}).get("value"),
             }
         )  # fmt: skip
     names = list(dict.fromkeys(b["kind"] for e in found for b in e["blocks"]))
@@ -508,6 +515,15 @@ def _search(records: RunRecords) -> Json:
     }  # fmt: skip
 
 
+def _data(records: RunRecords) -> Json:
+    """The data's record: `splits` as rows, everything else by name, settings that were left empty left out."""
+    body = {key: value for key, value in records.data.items() if not key.endswith("digest")}
+    splits = body.pop("splits", [])
+    settings = {key: value for key, value in body.pop("settings", {}).items() if value not in ("", 0, [])}
+    facts = {key: value for key, value in body.items() if value not in ("", 0, None, [])}
+    return {"missing": [] if records.data else ["data/data.json (stage data)"], "splits": splits, "facts": facts | settings}
+
+
 def _environment(records: RunRecords) -> Json:
     """Of the chosen engine's measurement, else the first one, else the table."""
     names = [records.choice.engine] if records.choice else []
@@ -537,15 +553,15 @@ def _reproduce(records: RunRecords) -> Json:
     if command := records.recipe.get("command"):
         commands.append(("As it was called", shlex.join(map(str, command)) if isinstance(command, list) else str(command)))
     if records.recipe:
-        commands.append(("The whole run, from the recipe below saved as recipe.toml", f"nascompile run recipe.toml --out {folder}"))
+        commands.append(("The whole run again, from the recipe below saved as recipe.toml", "nascompile run recipe.toml --out runs/again"))
     if chosen := records.engine("chosen"):
         path = str(records.folder / "engines" / chosen.name)
         engine = shlex.quote(path)
         commands.append(("Check the engine's files and its reference sample", f"nascompile verify {engine}"))
         commands.append(("Run the engine with the runtime and NumPy alone", f"python {engine}/run.py"))
         commands.append(("Use it from Python", f"import nascompile; nascompile.load({path!r}).predict(samples)"))
-    commands.append(("This report again", f"nascompile report {folder}"))
-    recipe = {key: value for key, value in records.recipe.items() if key not in ("command", "note")}
+    commands.append(("This report again", f"nascompile report --out {folder}"))
+    recipe = {key: value for key, value in records.recipe.items() if key not in ("command", "note", "name")}
     return {
         "missing": [] if recipe else ["recipe.json (written when the run starts)"],
         "commands": [{"what": what, "command": command} for what, command in commands], "recipe": recipe, "toml": toml(recipe),
@@ -559,10 +575,10 @@ def _stages(records: RunRecords) -> list[Json]:
 
 
 def _ms(q: Quantity) -> float:
-    """Median where there is one, in ms."""
+    """The quantity's own statistic in ms, which predictions are made of."""
     if q.unit not in MILLISECONDS:
         raise RecordError(f"a latency in an unknown unit: {q.unit}", hint=f"units: {', '.join(MILLISECONDS)}")
-    return dict(q.quantiles).get(0.5, q.value) * MILLISECONDS[q.unit]
+    return q.value * MILLISECONDS[q.unit]
 
 
 def toml(body: Json) -> str:
@@ -662,6 +678,14 @@ def _plain_value(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else "–" if value is None or value == "" else str(value)
 
 
+def _balance(counts: list[tuple[str, int]]) -> str:
+    """Samples per class; the smallest and largest where there are many classes."""
+    if len(counts) > 4:
+        sizes = sorted(int(n) for _, n in counts)
+        return f"{len(counts)} classes of {sizes[0]:,} to {sizes[-1]:,}"
+    return ", ".join(f"{name} {n:,}" for name, n in counts) or "–"
+
+
 class Code(str):
     """Text inside a Markdown code span, where nothing needs escaping."""
 
@@ -695,6 +719,7 @@ def _templates(*, html: bool) -> Any:
     )  # fmt: skip
     found.filters |= {
         "number": number, "signed": signed, "file_size": file_size, "count_si": count, "duration": duration, "interval": _interval,
-        "latency": _latency, "rate": _rate, "times": _times, "score": _score, "plain": _plain_value, "code": _code, "verbatim": Code,
+        "latency": _latency, "rate": _rate, "times": _times, "score": _score, "plain": _plain_value, "code": _code,
+        "verbatim": Code, "balance": _balance,
     }  # fmt: skip
     return found

@@ -8,6 +8,7 @@
   const fixed = (value, digits) => value.toLocaleString("en", {minimumFractionDigits: digits, maximumFractionDigits: digits});
   const ms = value => fixed(value, value < 10 ? 2 : 1) + " ms";
   const mb = value => fixed(value / 1e6, 2) + " MB";
+  const observed = text(`${facts.observed} ${facts.statistic}`.trim());
   const narrow = () => window.innerWidth < 640;
 
   const axis = (title, more) => ({title: {text: title, standoff: 10, font: {size: narrow() ? 12 : 13}}, gridcolor: colour("line"), linecolor: colour("line"), zeroline: false, automargin: true, ...more});
@@ -42,11 +43,11 @@
     });
     for (const e of facts.engines) {
       if (!e.measured || !e.validation) continue;
-      const which = mark(e), p50 = e.measured.p50 ?? e.measured.value;
+      const which = mark(e), value = e.measured.value;
       traces.push({
-        type: "scatter", mode: "markers", name: `${text(e.title)} (${text(e.measured.kind)})`, x: [p50], y: [e.validation.value],
+        type: "scatter", mode: "markers", name: `${text(e.title)} (${text(e.measured.kind)})`, x: [value], y: [e.validation.value],
         marker: {symbol: MARKS[which], size: which === "chosen" ? 18 : 13, color: colour(which === "chosen" ? "accent" : "ink"), line: {width: 1.5, color: colour(which === "other" ? "ink" : "card")}},
-        hovertext: [`<b>${text(e.title)}</b><br>${text(e.measured.kind)} p50 ${ms(p50)}` + (e.predicted ? `<br>predicted ${ms(e.predicted.value)} [${fixed(e.predicted.low, 2)}, ${fixed(e.predicted.high, 2)}]` : "") +
+        hovertext: [`<b>${text(e.title)}</b><br>${text(e.measured.kind)} ${text(e.measured.statistic)} ${ms(value)}` + (e.measured.statistic !== "p50" && e.measured.p50 ? `, p50 ${ms(e.measured.p50)}` : "") + (e.predicted ? `<br>predicted ${ms(e.predicted.value)} [${fixed(e.predicted.low, 2)}, ${fixed(e.predicted.high, 2)}]` : "") +
           `<br>engine ${text(e.validation.metric)} ${fixed(e.validation.value, 2)} ± ${fixed(e.validation.stderr, 2)} (validation)<br>${mb(e.size_bytes)}` + (e.candidate ? `<br>${wrap(e.candidate.text)}` : "")],
         hoverinfo: "text",
       });
@@ -62,7 +63,7 @@
   function prediction() {
     const p = facts.prediction, all = p.networks.concat(p.engines).flatMap(r => [r.predicted_ms, r.measured_ms]);
     const words = r => `<b>${text(r.title)}</b><br>predicted ${ms(r.predicted_ms)}` + (r.low_ms === null ? "" : ` [${fixed(r.low_ms, 2)}, ${fixed(r.high_ms, 2)}]`) +
-      `<br>${text(facts.observed)} ${ms(r.measured_ms)} (${r.residual_percent >= 0 ? "+" : "−"}${fixed(Math.abs(r.residual_percent), 1)} %)`;
+      `<br>${observed} ${ms(r.measured_ms)} (${r.residual_percent >= 0 ? "+" : "−"}${fixed(Math.abs(r.residual_percent), 1)} %)`;
     const trace = (name, rows, marker, bars) => ({
       type: "scatter", mode: "markers", name, x: rows.map(r => r.predicted_ms), y: rows.map(r => r.measured_ms), marker, hovertext: rows.map(words), hoverinfo: "text",
       error_x: {type: "data", symmetric: false, array: rows.map(r => (r.high_ms ?? r.predicted_ms) - r.predicted_ms), arrayminus: rows.map(r => r.predicted_ms - (r.low_ms ?? r.predicted_ms)), color: bars, thickness: 1, width: 3},
@@ -72,7 +73,7 @@
     if (p.engines.length) traces.push(trace("engines of this run", p.engines, {
       size: p.engines.map(r => r.chosen ? 16 : 11), symbol: p.engines.map(r => MARKS[mark(r)]), color: colour("accent"), opacity: 1, line: {width: 1.5, color: colour("accent")},
     }, colour("accent")));
-    return [traces, layout({xaxis: axis("predicted, ms"), yaxis: axis(`${text(facts.observed)} p50, ms`)})];
+    return [traces, layout({xaxis: axis("predicted, ms"), yaxis: axis(`${observed}, ms`)})];
   }
 
   function agreement() {
@@ -83,10 +84,10 @@
     }], layout({xaxis: axis(`emulated (search)${unit}`), yaxis: axis(`engine file${unit}`)})];
   }
 
-  const KINDS = [["accent", ""], ["third", "/"], ["second", ""], ["fourth", "x"], ["soft", "."]];
+  const KINDS = [["accent", ""], ["third", "/"], ["second", ""], ["fourth", "x"], ["soft", "."], ["ink", "-"]];
   function operators() {
     const o = facts.operators, rows = o.engines.map(e => text(e.title)), traces = [];
-    const rank = k => ({attention: 0, mlp: 1, embedding: 2, head: 3})[k] ?? 4;
+    const rank = k => ({attention: 0, mlp: 1, embedding: 2, head: 3, call: 4})[k] ?? 5;
     for (const kind of [...o.kinds].sort((a, b) => rank(a) - rank(b))) {
       const [name, pattern] = KINDS[Math.min(rank(kind), KINDS.length - 1)];
       let first = true;
@@ -102,8 +103,8 @@
     }
     const measured = o.engines.filter(e => e.measured_ms !== null);
     if (measured.length) traces.push({
-      type: "scatter", mode: "markers", name: `whole engine, ${text(facts.observed)} p50`, x: measured.map(e => e.measured_ms), y: measured.map(e => text(e.title)),
-      marker: {symbol: "diamond", size: 12, color: colour("ink"), line: {width: 2, color: colour("card")}}, hovertext: measured.map(e => `<b>${text(e.title)}</b><br>${text(facts.observed)} p50 ${ms(e.measured_ms)}`), hoverinfo: "text",
+      type: "scatter", mode: "markers", name: `whole engine, ${observed}`, x: measured.map(e => e.measured_ms), y: measured.map(e => text(e.title)),
+      marker: {symbol: "diamond", size: 12, color: colour("ink"), line: {width: 2, color: colour("card")}}, hovertext: measured.map(e => `<b>${text(e.title)}</b><br>${observed} ${ms(e.measured_ms)}`), hoverinfo: "text",
     });
     return [traces, layout({barmode: "stack", bargap: 0.35, xaxis: axis("predicted ms of one call", {rangemode: "tozero"}), yaxis: axis("", {autorange: "reversed", showgrid: false, type: "category"}), margin: {l: 20, r: 12, t: 10, b: 48}, ...(narrow() ? {legend: {orientation: "h", x: 0, xref: "container", y: 0, yref: "container", yanchor: "bottom", font: {color: colour("ink")}}} : {})})];
   }
