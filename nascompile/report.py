@@ -536,7 +536,7 @@ def _environment(records: RunRecords) -> Json:
     shown = _flat(msgspec.to_builtins(target) | {"session": dict(target.session)}) if target else {}
     return {
         "missing": [], "must_match": dict(found[0].must_match), "recorded": dict(found[0].recorded),
-        "target": {k: v for k, v in shown.items() if v not in (0, [0, 0])}, "versions": dict(engine.versions) if engine else {},
+        "target": {k: v for k, v in shown.items() if v not in (0, (0, 0))}, "versions": dict(engine.versions) if engine else {},
     }  # fmt: skip
 
 
@@ -613,10 +613,9 @@ def number(value: float | None) -> str:
     """Three significant digits, thousands separated; a dash for nothing."""
     if value is None:
         return "–"
-    size = abs(value)
-    if size >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 0.1 or not value else f"{value:.2g}"
+    if not value:
+        return "0"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 
 def signed(value: float | None, digits: int = 2) -> str:
@@ -683,7 +682,7 @@ def _balance(counts: list[tuple[str, int]]) -> str:
     if len(counts) > 4:
         sizes = sorted(int(n) for _, n in counts)
         return f"{len(counts)} classes of {sizes[0]:,} to {sizes[-1]:,}"
-    return ", ".join(f"{name} {n:,}" for name, n in counts) or "–"
+    return ", ".join(f"{name}: {n:,}" for name, n in counts) or "–"
 
 
 class Code(str):
