@@ -13,6 +13,7 @@ from nascompile import space as spaces
 from nascompile.data import Split
 from nascompile.quantization import ActivationRanges
 from nascompile.records import Candidate, Score, SearchSpace, digest, file_digest
+from nascompile.scoring import gain, score_of
 from nascompile.supernet import Supernet, calibrate, emulate, load_batches
 
 BATCH = 64
@@ -53,16 +54,6 @@ class Evaluator:
         )  # fmt: skip
 
 
-def score_of(task: Any, metric: str, logits: Any, labels: Any, *, split: str, weights: str, evaluator: str) -> Score:
-    """A Score of logits (n, labels) against labels (n,), with one value per sample for paired comparisons."""
-    value, stderr = task.score(metric, logits, labels)
-    return Score(
-        metric=metric, direction=task.direction(metric), value=float(value), n=len(labels), stderr=float(stderr), split_digest=split,
-        weights_digest=weights, evaluator_digest=evaluator,
-        per_sample=tuple(float(v) for v in np.asarray(task.per_sample(metric, logits, labels), dtype=np.float64).round(6)),
-    )  # fmt: skip
-
-
 def best_method(
     evaluators: Sequence[Evaluator], point: Candidate
 ) -> tuple[Evaluator, tuple[tuple[str, float], ...]]:
@@ -70,20 +61,6 @@ def best_method(
     scored = [(evaluator, evaluator.score(point)) for evaluator in evaluators]
     best = max(scored, key=lambda pair: (gain(pair[1]), -evaluators.index(pair[0])))[0]
     return best, tuple((evaluator.method, score.value) for evaluator, score in scored)
-
-
-def gain(score: Score) -> float:
-    """The metric with its sign turned so that more is better."""
-    return score.value if score.direction == "maximize" else -score.value
-
-
-def drop(baseline: Score, score: Score) -> tuple[float, float]:
-    """(how much worse than the baseline in the metric's points, its standard error): paired for accuracy, else unpaired."""
-    value = gain(baseline) - gain(score)
-    if baseline.metric == "accuracy" and len(baseline.per_sample) == len(score.per_sample) > 1:
-        difference = np.asarray(baseline.per_sample) - np.asarray(score.per_sample)
-        return value, float(100 * difference.std(ddof=1) / math.sqrt(len(difference)))
-    return value, math.hypot(baseline.stderr, score.stderr)
 
 
 def ladder(space: SearchSpace) -> tuple[Candidate, ...]:

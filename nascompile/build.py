@@ -74,10 +74,11 @@ def build(
     return engine.write(
         folder,
         engine.Parts(
-            name=name, role=role, target=parts.target, form=form, inputs=net.family.inputs(net.config), task=parts.task, labels=parts.labels,
-            config=parts.hf_config, sample={key: value.numpy() for key, value in batches[0][0].items()}, expected=expected,
-            tolerance=FLOAT_TOLERANCE, preprocessing=parts.preprocessor.files(), candidate=point, space=parts.space, graph=graph,
-            predicted=predicted, table_digest=parts.table_digest, weights_digest=source.evaluator.weights_digest,
+            name=name, role=role, target=parts.target, form=form, inputs=net.family.inputs(net.config), task=parts.task,
+            labels=parts.labels, config=parts.hf_config, sample={key: value.numpy() for key, value in batches[0][0].items()},
+            expected=expected, tolerance=FLOAT_TOLERANCE, preprocessing=parts.preprocessor.files(), candidate=point,
+            space=parts.space, graph=graph, predicted=predicted, table_digest=parts.table_digest,
+            weights_digest=source.evaluator.weights_digest,
             versions=(*parts.backend.versions(), ("nascompile", __version__)), build_seconds=time.monotonic() - began,
         ),
         parts.backend,

@@ -97,7 +97,8 @@ def finetune(plan: Plan, progress: Progress) -> SearchSpace:
         net = Supernet(plan.family, plan.family.load(str(plan.model), **plan.head))
         logs = {}
         if plan.head:
-            job = _job(plan, net, plan.space_of(net.config, ()), "plain", plan.settings.teacher_epochs, work / "teacher", plan.teacher_deadline)
+            space = plan.space_of(net.config, ())
+            job = _job(plan, net, space, "plain", plan.settings.teacher_epochs, work / "teacher", plan.teacher_deadline)
             logs["training.json"] = train(job, progress)
         store_model(net, folder, logs)
     teacher = Supernet(plan.family, plan.family.load(str(folder)))
@@ -256,7 +257,7 @@ def _step(job: Job, net: Supernet, optimizer: Any, rows: Any, rate: float, step:
     parameters = [p for p in net.parameters() if p.grad is not None]
     if accelerator.num_processes > 1:
         # one reduction after all passes: DistributedDataParallel expects a single forward per backward
-        flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters]), reduction="mean")
+        flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]), reduction="mean")
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -373,7 +374,8 @@ def _store_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise RecordError(
-            f"cannot write {path.name}: {error}", hint="free some space and run the same command again; it continues from the last checkpoint"
+            f"cannot write {path.name}: {error}",
+            hint="free some space and run the same command again; it continues from the last checkpoint",
         ) from error
 
 

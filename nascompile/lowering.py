@@ -180,7 +180,6 @@ def lower(
     """The candidate's graph for one backend; `weights`: the largest network's state dict; `keep`: folder for the graph after each pass."""
     segments = network.kept(family, config, space, candidate)
     shapes = network.sliced_shapes(family, config, network.values(family, config, space, candidate))
-    precisions = {s.name: network.block_precision(space, candidate, s, target.id) for s in segments}
     graph = Graph(_copy(blueprint.model))
     _keep_segments(graph, blueprint, {s.name for s in segments})
     model = graph.finish()
@@ -191,7 +190,7 @@ def lower(
     _drop_inputs(model, blueprint.parameters)
     context = PassContext(
         parameters=shapes,
-        quantized={w: p.name for s in segments if (p := precisions[s.name]).weights.kind == "int" for w in s.quantizable},
+        quantized=network.quantized_weights(family, config, space, candidate, target.id),
         ranges={name: (low, high) for name, low, high in ranges.sites} if ranges else {},
     )
     return _checked(_apply(PASSES, model, context, backend, keep))

@@ -4,40 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nascompile import plugins
-from nascompile.accuracy import score_of
 from nascompile.data import Split
 from nascompile.devices import Device, Job
 from nascompile.progress import Progress
-from nascompile.records import EngineManifest, Measurement, Quantity, Score, Target, digest, load, save
+from nascompile.records import Measurement, Quantity, Target, save
+from nascompile.scoring import Loaded, score_engine
 from nascompile.settings import MeasureSettings
 
 ROUNDS = 4
 """Throughput windows per engine and batch size, taken in turns so that a busy spell does not fall on one engine."""
 LATENCY_SECONDS = 2.0
 """Timing per engine, all engines interleaved."""
-SCORING_BATCH = 32
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """An engine folder, its manifest and its runner."""
-
-    folder: Path
-    manifest: EngineManifest
-    runner: Any
-
-    @classmethod
-    def open(cls, folder: Path) -> Loaded:
-        manifest = load(folder / "manifest.json", EngineManifest)
-        backend = plugins.get("backends", manifest.target.backend)
-        return cls(folder, manifest, backend.load(folder, manifest.graphs, manifest.target))
 
 
 def measure(
@@ -66,28 +49,6 @@ def measure(
         save(measurement, out / f"{engine.manifest.name}.json")
         found.append(measurement)
     return tuple(found)
-
-
-def score_engine(engine: Loaded, split: Split, task: Any, metric: str, folder: Path) -> Score:
-    """The engine file's metric on a split, kept in `folder` so that it is computed once."""
-    key = digest([engine.manifest.files, split.digest, metric])
-    path = folder / f"{engine.manifest.name}-{key[:12]}.json"
-    if path.is_file():
-        return load(path, Score)
-    score = score_runner(engine.runner, split, task, metric, split.digest, engine.manifest.weights_digest, key)
-    save(score, path)
-    return score
-
-
-def score_runner(runner: Any, split: Split, task: Any, metric: str, split_digest: str, weights: str, evaluator: str) -> Score:
-    """The metric of a loaded engine on a split."""
-    rows, labels = [], []
-    for inputs, truth in split.batches(SCORING_BATCH):
-        rows.append(next(iter(runner.run(inputs).values())))
-        labels.append(truth)
-    return score_of(
-        task, metric, np.concatenate(rows), np.concatenate(labels), split=split_digest, weights=weights, evaluator=evaluator
-    )
 
 
 def _throughput(

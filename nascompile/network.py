@@ -72,6 +72,16 @@ def block_precision(space: SearchSpace, point: Candidate, segment: Segment, targ
     return space.precision(genes.get(precision_gene(segment), FLOAT32.name))
 
 
+def quantized_weights(family: Family, config: Any, space: SearchSpace, point: Candidate, target: str) -> dict[str, str]:
+    """Weight parameter ▸ scheme name for everything the candidate quantizes on the target."""
+    found = {}
+    for segment in kept(family, config, space, point):
+        precision = block_precision(space, point, segment, target)
+        if precision.weights.kind == "int":
+            found.update(dict.fromkeys(segment.quantizable, precision.name))
+    return found
+
+
 def graph(family: Family, config: Any, space: SearchSpace, point: Candidate, target: Target) -> OperatorGraph:
     """What the candidate executes on the target, with sizes and MACs; tables, reports and budgets read this."""
     chosen = values(family, config, space, point)

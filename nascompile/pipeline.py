@@ -10,13 +10,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import filelock
 import msgspec
 import numpy as np
 
-from nascompile import build, data, finetune, journal, latency_table, measure, models, network, plugins, profiler, report, rerank, targets
+from nascompile import (
+    build,
+    data,
+    finetune,
+    journal,
+    latency_table,
+    measure,
+    models,
+    network,
+    plugins,
+    profiler,
+    report,
+    rerank,
+    scoring,
+    targets,
+)
 from nascompile.accuracy import Evaluator, best_method
 from nascompile.errors import ModelError, RecipeError, RecordError
 from nascompile.families import Family
@@ -68,7 +83,7 @@ class Given:
     processor: Any = None
     data: Mapping[str, Any] = field(default_factory=dict)
     metric: Callable[[Any, Any], float] | None = None
-    direction: str = "maximize"
+    direction: Literal["maximize", "minimize"] = "maximize"
 
 
 def run(
@@ -111,16 +126,19 @@ class Context:
     def _inputs(self, stage: str) -> Any:
         """Everything a stage's result depends on."""
         r, after = self.recipe, {name: done.files for name, done in self.done.items()}
-        return {
+        read: dict[str, Callable[[], Any]] = {
             "data": lambda: (r.model, r.new_head, r.task, r.data, _source_digests(r), sorted(self.given.data)),
-            "profile": lambda: (self.target, self.family.name, self.config.to_json_string(use_diff=False), r.profile_seconds, self.environment),
+            "profile": lambda: (
+                self.target, self.family.name, self.config.to_json_string(use_diff=False), r.profile_seconds, self.environment
+            ),
             "finetune": lambda: (after["data"], r.finetune, r.seed, self.metric, self.target),
             "search": lambda: (after["finetune"], after["profile"], r.search, r.budgets, r.seed),
             "build": lambda: (after["search"], r.measure.top_k, r.measure.safety),
             "measure": lambda: (after["build"], r.measure, r.seed),
             "rerank": lambda: (after["measure"], r.budgets, r.measure.safety),
             "report": lambda: (after, r),
-        }[stage]()
+        }
+        return read[stage]()
 
     # ------------------------------------------------------------------------------------------ what stages share
 
@@ -327,7 +345,10 @@ class Context:
     def _build(self) -> list[Path]:
         front, reference = load(self.out / "front.json", Front), load(self.out / "baseline.json", Score)
         chosen = rerank.select(front, reference, self.recipe.measure.top_k, self.recipe.measure.safety)
-        jobs = [(rerank.BASELINE, "baseline", "baseline", largest(self.space)), (rerank.UNIFORM, "uniform", "baseline", uniform(self.space))]
+        jobs = [
+            (rerank.BASELINE, "baseline", "baseline", largest(self.space)),
+            (rerank.UNIFORM, "uniform", "baseline", uniform(self.space)),
+        ]
         jobs += [(f"candidate-{n}", "candidate", "supernet", e.candidate) for n, e in enumerate(chosen, 1)]
         written = []
         for number, (name, role, source, point) in enumerate(jobs, 1):
@@ -385,7 +406,7 @@ class Context:
             graphs = self.backend.build(build.lower(self.parts, source, e.candidate), self.target, Path(scratch))
             runner = self.backend.load(Path(scratch), graphs, self.target)
             digests = (e.score.split_digest, e.score.weights_digest, e.score.evaluator_digest)
-            return measure.score_runner(runner, part, self.task, self.metric, *digests)
+            return scoring.score_runner(runner, part, self.task, self.metric, *digests)
 
     def _rerank(self) -> list[Path]:
         measured = [load(self.out / name, Measurement) for name, _ in self.done["measure"].files if name.startswith("measurements/")]
@@ -480,7 +501,9 @@ def _keep_recipe(recipe: Recipe, out: Path) -> None:
     if path.is_file():
         before = load(path, Recipe)
         faults = [
-            f"{name}: {getattr(before, name)} there, {getattr(recipe, name)} asked for" for name in FIXED if getattr(before, name) != getattr(recipe, name)
+            f"{name}: {getattr(before, name)} there, {getattr(recipe, name)} asked for"
+            for name in FIXED
+            if getattr(before, name) != getattr(recipe, name)
         ]
         if faults:
             raise RecipeError(f"{out} holds another run", detail="\n".join(faults), hint="give another --out, or the same settings")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Protocol
+from typing import IO, Protocol
 
 
 class Progress(Protocol):
@@ -31,12 +31,12 @@ class Silent:
 class Lines:
     """Plain lines on a stream, at most one every `every` seconds a step; for logs, pipes and terminals alike."""
 
-    def __init__(self, every: float = 2.0, stream: object = None) -> None:
+    def __init__(self, every: float = 2.0, stream: IO[str] | None = None) -> None:
         self.every, self.stream = every, stream or sys.stderr
         self.label, self.began, self.last, self.first = "", 0.0, 0.0, 0
 
     def stage(self, name: str, number: int, total: int) -> None:
-        print(f"[{number}/{total}] {name}", file=self.stream, flush=True)  # type: ignore[call-overload]
+        print(f"[{number}/{total}] {name}", file=self.stream, flush=True)
         self.label = ""
 
     def step(self, label: str, done: int, total: int) -> None:
@@ -46,10 +46,10 @@ class Lines:
         if now - self.last >= self.every:
             self.last = now
             left = (now - self.began) / max(1, done - self.first) * (total - done)
-            print(f"      {label}: {done}/{total}, {_duration(left)} left", file=self.stream, flush=True)  # type: ignore[call-overload]
+            print(f"      {label}: {done}/{total}, {_duration(left)} left", file=self.stream, flush=True)
 
     def note(self, text: str) -> None:
-        print(f"      {text}", file=self.stream, flush=True)  # type: ignore[call-overload]
+        print(f"      {text}", file=self.stream, flush=True)
 
 
 def _duration(seconds: float) -> str:

@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nascompile.accuracy import drop, gain
 from nascompile.errors import BudgetError
-from nascompile.measure import Loaded, score_engine
 from nascompile.records import (
     Budget,
     Choice,
@@ -24,13 +22,14 @@ from nascompile.records import (
     TestResult,
     digest,
 )
+from nascompile.scoring import Loaded, drop, gain, score_engine
 from nascompile.tasks.metrics import paired_bootstrap
 
 BASELINE, UNIFORM = "baseline", "uniform-int8"
 
 
 def select(front: Front, baseline: Score, count: int, safety: float) -> tuple[Evaluation, ...]:
-    """The candidates worth building, best first: those that meet every budget with `safety` standard errors to spare, then those that just do."""
+    """The candidates worth building, best first: before all others those with `safety` standard errors to spare in `max_drop`."""
     ranked = sorted(
         (e for e in front.evaluations if _margin(baseline, e.score, front.budgets, 0.0) >= 0),
         key=lambda e: (

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from nascompile import journal, latency_table, network, pareto, plugins
-from nascompile.accuracy import Evaluator, drop, gain, ladder
+from nascompile.accuracy import Evaluator, ladder
 from nascompile.errors import BudgetError
 from nascompile.families import Family
 from nascompile.progress import Progress
 from nascompile.records import Budget, Candidate, Evaluation, Front, LatencyTable, Score, SearchSpace, Target
+from nascompile.scoring import drop, gain
 from nascompile.settings import SearchSettings
 
 IDLE_ROUNDS = 25
@@ -139,9 +140,8 @@ def _unaffordable(nearest: Any, budgets: tuple[Budget, ...], space: SearchSpace)
         return BudgetError(f"no candidate could be tried within {asked}", hint="raise `--time`")
     _, point, costs = nearest
     detail = "nearest: " + ", ".join(f"{name} {value:.3g}" for name, value in costs.items()) + f" ({_shape(point)})"
-    changes = " or ".join(
-        f"`--{b.metric.replace('_', '-')}` to {_ceil(costs[b.metric]):.3g}" for b in budgets if b.metric in costs and costs[b.metric] > b.bound
-    )
+    broken = [b.metric for b in budgets if b.metric in costs and costs[b.metric] > b.bound]
+    changes = " and ".join(f"`--{metric.replace('_', '-')}` to {_ceil(costs[metric]):.3g}" for metric in broken)
     return BudgetError(f"no candidate meets the budget: {asked}", detail=detail, hint=f"raise {changes}, or start from a smaller model")
 
 

@@ -6,7 +6,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -182,32 +182,33 @@ def from_mapping(content: Mapping[str, Any], origin: str) -> Recipe:
 def check(recipe: Recipe) -> Recipe:
     """The same recipe; RecipeError with all faults of value at once."""
     f, s, m = recipe.finetune, recipe.search, recipe.measure
-    faults = [
-        f"{name} = {value}: {need}"
-        for name, value, fine, need in (
-            ("threads", recipe.threads, recipe.threads >= 1, "at least 1"),
-            ("minutes", recipe.minutes, recipe.minutes >= 0, "0 (no limit) or more"),
-            ("profile_seconds", recipe.profile_seconds, recipe.profile_seconds > 0, "more than 0"),
-            ("finetune.epochs", f.epochs, f.epochs >= 0, "0 or more"),
-            ("finetune.teacher_epochs", f.teacher_epochs, f.teacher_epochs >= 1, "at least 1"),
-            ("finetune.batch_size", f.batch_size, f.batch_size >= 1, "at least 1"),
-            ("finetune.learning_rate", f.learning_rate, 0 <= f.learning_rate < 1, "0 (automatic) or a rate below 1"),
-            ("finetune.ce_weight", f.ce_weight, 0 <= f.ce_weight <= 1, "between 0 and 1"),
-            ("finetune.strong_teacher", f.strong_teacher, 0 <= f.strong_teacher <= 1, "between 0 and 1"),
-            ("finetune.temperature", f.temperature, f.temperature > 0, "more than 0"),
-            ("search.evaluations", s.evaluations, s.evaluations >= 1, "at least 1"),
-            ("search.population", s.population, s.population >= 2, "at least 2"),
-            ("search.calibration_samples", s.calibration_samples, s.calibration_samples >= 1, "at least 1"),
-            ("search.objectives", s.objectives, len(s.objectives) >= 2 and set(s.objectives) <= set(OBJECTIVES), f"two or more of {', '.join(OBJECTIVES)}"),
-            ("search.calibration_methods", s.calibration_methods, bool(s.calibration_methods) and set(s.calibration_methods) <= set(METHODS), f"some of {', '.join(METHODS)}"),
-            ("measure.top_k", m.top_k, m.top_k >= 1, "at least 1"),
-            ("measure.seconds", m.seconds, m.seconds > 0, "more than 0"),
-            ("measure.batches", m.batches, bool(m.batches) and min(m.batches) >= 1, "batch sizes of at least 1"),
-            ("budgets", "none", recipe.budgets != Budgets(), "give at least one: --max-drop, --latency-ms, --size-mb or --macs-m"),
-            *((f"budgets.{n}", b, b is None or b > 0 or (n == "max_drop" and b >= 0), "more than 0") for n, b in msgspec.structs.asdict(recipe.budgets).items()),
-        )
-        if not fine
-    ]  # fmt: skip
+    objectives = len(s.objectives) >= 2 and set(s.objectives) <= set(OBJECTIVES)
+    methods = bool(s.calibration_methods) and set(s.calibration_methods) <= set(METHODS)
+    rules = [
+        ("threads", recipe.threads, recipe.threads >= 1, "at least 1"),
+        ("minutes", recipe.minutes, recipe.minutes >= 0, "0 (no limit) or more"),
+        ("profile_seconds", recipe.profile_seconds, recipe.profile_seconds > 0, "more than 0"),
+        ("finetune.epochs", f.epochs, f.epochs >= 0, "0 or more"),
+        ("finetune.teacher_epochs", f.teacher_epochs, f.teacher_epochs >= 1, "at least 1"),
+        ("finetune.batch_size", f.batch_size, f.batch_size >= 1, "at least 1"),
+        ("finetune.learning_rate", f.learning_rate, 0 <= f.learning_rate < 1, "0 (automatic) or a rate below 1"),
+        ("finetune.ce_weight", f.ce_weight, 0 <= f.ce_weight <= 1, "between 0 and 1"),
+        ("finetune.strong_teacher", f.strong_teacher, 0 <= f.strong_teacher <= 1, "between 0 and 1"),
+        ("finetune.temperature", f.temperature, f.temperature > 0, "more than 0"),
+        ("search.evaluations", s.evaluations, s.evaluations >= 1, "at least 1"),
+        ("search.population", s.population, s.population >= 2, "at least 2"),
+        ("search.calibration_samples", s.calibration_samples, s.calibration_samples >= 1, "at least 1"),
+        ("search.objectives", s.objectives, objectives, f"two or more of {', '.join(OBJECTIVES)}"),
+        ("search.calibration_methods", s.calibration_methods, methods, f"some of {', '.join(METHODS)}"),
+        ("measure.top_k", m.top_k, m.top_k >= 1, "at least 1"),
+        ("measure.seconds", m.seconds, m.seconds > 0, "more than 0"),
+        ("measure.batches", m.batches, bool(m.batches) and min(m.batches) >= 1, "batch sizes of at least 1"),
+    ]
+    bounds = msgspec.structs.asdict(recipe.budgets)
+    rules += [(f"budgets.{n}", b, b is None or b > 0 or (n == "max_drop" and b >= 0), "more than 0") for n, b in bounds.items()]
+    faults = [f"{name} = {value}: {need}" for name, value, fine, need in rules if not fine]
+    if recipe.budgets == Budgets():
+        faults.append("no budget: give at least one of --max-drop, --latency-ms, --size-mb, --macs-m")
     for folder, name in (("tasks", recipe.task), ("recipes", f.recipe), ("searchers", s.searcher)):
         if name not in plugins.names(folder):
             faults.append(f"{folder.rstrip('s')} = {name}: one of {', '.join(plugins.names(folder))}")
@@ -220,7 +221,6 @@ def check(recipe: Recipe) -> Recipe:
 
 OBJECTIVES = ("error", "latency_ms", "size_mb", "macs_m")
 METHODS = ("minmax", "percentile", "mse")
-Objective = Literal["error", "latency_ms", "size_mb", "macs_m"]
 
 
 def _merged(content: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

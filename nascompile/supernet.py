@@ -44,7 +44,9 @@ def plain(name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 class Supernet(nn.Module):
     """The largest network, run as any of its sub-networks; which one is an argument of every call."""
 
-    def __init__(self, family: Family, model: nn.Module) -> None:
+    model: Any
+
+    def __init__(self, family: Family, model: Any) -> None:
         super().__init__()
         self.family, self.model = family, model
 
@@ -152,22 +154,12 @@ class FakeQuantizer:
         return self._last[1]
 
 
-def quantized_weights(family: Family, config: Any, space: SearchSpace, point: Candidate, target: str) -> dict[str, str]:
-    """Weight parameter ▸ scheme name for everything the candidate quantizes on the target."""
-    found = {}
-    for segment in network.kept(family, config, space, point):
-        precision = network.block_precision(space, point, segment, target)
-        if precision.weights.kind == "int":
-            found.update(dict.fromkeys(segment.quantizable, precision.name))
-    return found
-
-
 @torch.no_grad()
 def calibrate(net: Supernet, space: SearchSpace, point: Candidate, target: str, batches: Iterable[Batch], method: str) -> ActivationRanges:
     """Input ranges of the candidate's quantized products over calibration batches, from its float sub-network."""
     observer = Observer(
         name
-        for name, scheme in quantized_weights(net.family, net.config, space, point, target).items()
+        for name, scheme in network.quantized_weights(net.family, net.config, space, point, target).items()
         if space.precision(scheme).activations.kind == "int"
     )
     subnet = net.subnet(space, point)
@@ -183,7 +175,7 @@ def emulate(
     net: Supernet, space: SearchSpace, point: Candidate, target: str, batches: Iterable[Batch], ranges: ActivationRanges | None
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Logits (n, labels) and labels (n,) of the candidate as its engine would compute them."""
-    linear = FakeQuantizer(quantized_weights(net.family, net.config, space, point, target), ranges)
+    linear = FakeQuantizer(network.quantized_weights(net.family, net.config, space, point, target), ranges)
     subnet = net.subnet(space, point)
     net.eval()
     rows = [(net(inputs, subnet, linear).numpy(), labels.numpy()) for inputs, labels in batches]
@@ -245,7 +237,7 @@ def layer_order(net: Supernet, batches: list[Batch], loss: Any, keep: int) -> tu
 
 
 @torch.no_grad()
-def extract(model: nn.Module, family: Family, config: Any, space: SearchSpace, point: Candidate) -> nn.Module:
+def extract(model: Any, family: Family, config: Any, space: SearchSpace, point: Candidate) -> Any:
     """The candidate as a Hugging Face module of its own: sliced linears, dropped layers; equal to the masked super-network."""
     subnet = resolve(family, config, space, point)
     small = copy.deepcopy(model)
@@ -259,4 +251,5 @@ def extract(model: nn.Module, family: Family, config: Any, space: SearchSpace, p
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
     family.shrink(small, subnet.layers, subnet.values)
-    return small.eval()
+    small.eval()
+    return small

@@ -3,7 +3,7 @@
 The data is Fashion-MNIST as the Debian package `dataset-fashion-mnist` ships it (MIT licence, Copyright 2017 Zalando SE):
 four `*-ubyte.gz` files. calibration and validation are held out of the official training images and never trained on; the
 epoch that ships is chosen on a third holdout, `selection`, which is not shipped; test comes from the official test images.
-nascompile/data/demo is the output, LICENSE-DATA there excepted, which is written by hand. The command that made it:
+nascompile/demo is the output, LICENSE-DATA there excepted, which is written by hand. The command that made it:
 
     python tools/train_demo_vit.py --data FOLDER --out FOLDER --epochs 122 --mix-probability 0.5 --device cuda --compile
 """

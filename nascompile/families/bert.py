@@ -86,7 +86,7 @@ class Bert(EncoderFamily):
 
         return load_pretrained(_classes()[AutoConfig.from_pretrained(folder).model_type], folder, **config)
 
-    def embed(self, model: nn.Module, inputs: Mapping[str, torch.Tensor], linear: Linear) -> torch.Tensor:
+    def embed(self, model: Any, inputs: Mapping[str, torch.Tensor], linear: Linear) -> torch.Tensor:
         """(batch, sequence, hidden); the table goes through `linear` as a look-up: x is the indices, no bias."""
         layout = self.layout(model.config)
         embeddings = model.get_submodule(layout.embedding)
@@ -101,14 +101,14 @@ class Bert(EncoderFamily):
         positions = (torch.cumsum(real, dim=1) * real).long() + embeddings.padding_idx
         return embeddings(inputs_embeds=words, position_ids=positions)  # type: ignore[no-any-return]
 
-    def classify(self, model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def classify(self, model: Any, hidden: torch.Tensor) -> torch.Tensor:
         if model.config.model_type == "bert":
             return model.classifier(model.dropout(model.bert.pooler(hidden)))  # type: ignore[no-any-return]
         if model.config.model_type == "distilbert":
             return model.classifier(model.dropout(F.relu(model.pre_classifier(hidden[:, 0]))))  # type: ignore[no-any-return]
         return model.classifier(hidden)  # type: ignore[no-any-return]
 
-    def shrink(self, model: nn.Module, layers: tuple[int, ...], values: Mapping[str, int]) -> None:
+    def shrink(self, model: Any, layers: tuple[int, ...], values: Mapping[str, int]) -> None:
         super().shrink(model, layers, values)
         if model.config.model_type == "distilbert":
             model.config.n_layers = len(layers)

@@ -80,10 +80,10 @@ class EncoderFamily:
     def embedding_operator(self, config: Any, workload: Workload, precision: Precision) -> Operator:
         raise NotImplementedError
 
-    def embed(self, model: nn.Module, inputs: Mapping[str, torch.Tensor], linear: Linear) -> torch.Tensor:
+    def embed(self, model: Any, inputs: Mapping[str, torch.Tensor], linear: Linear) -> torch.Tensor:
         raise NotImplementedError
 
-    def classify(self, model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def classify(self, model: Any, hidden: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------ description
@@ -103,7 +103,8 @@ class EncoderFamily:
             )
         ]  # fmt: skip
         for i in range(dims.layers):
-            for kind, parts in (("attention", _ATTENTION), ("mlp", _MLP)):
+            for kind in ("attention", "mlp"):
+                parts = _ATTENTION if kind == "attention" else _MLP
                 norm = "attention_norm" if kind == "attention" else "mlp_norm"
                 modules = tuple(layout.at(i, part) for part in (*parts, norm))
                 first = norm if layout.pre_norm else parts[0]
@@ -114,9 +115,9 @@ class EncoderFamily:
                         quantizable=tuple(f"{m}.weight" for m in modules[:-1]), scheme="int8",
                     )
                 )  # fmt: skip
-        start: tuple[str, Literal["input", "output"]] = (
-            (f"{layout.final_norm}.weight", "input") if layout.final_norm else (f"{layout.at(dims.layers - 1, 'mlp_norm')}.weight", "output")
-        )
+        start: tuple[str, Literal["input", "output"]] = (f"{layout.final_norm}.weight", "input")
+        if not layout.final_norm:
+            start = (f"{layout.at(dims.layers - 1, 'mlp_norm')}.weight", "output")
         head = tuple(m for m in (layout.final_norm, *layout.head) if m)
         found.append(
             Segment(name="head", kind="head", module=layout.head[-1], layer=None, start=start, parameters=_under(names, head))
@@ -163,10 +164,14 @@ class EncoderFamily:
             )  # fmt: skip
         if segment.kind == "mlp":
             width = values[f"layers.{segment.layer}.width"]
-            attributes = (("activation", dims.activation), ("norm", norm))
-            return Operator(kind="mlp", dims=(*common, ("width", width)), attributes=attributes, precision=precision)
-        attributes = (("modules", len(self.layout(config).head)),)
-        return Operator(kind="head", dims=(*common, ("labels", config.num_labels)), attributes=attributes, precision=precision)
+            return Operator(
+                kind="mlp", dims=(*common, ("width", width)), attributes=(("activation", dims.activation), ("norm", norm)),
+                precision=precision,
+            )  # fmt: skip
+        modules = len(self.layout(config).head)
+        return Operator(
+            kind="head", dims=(*common, ("labels", config.num_labels)), attributes=(("modules", modules),), precision=precision
+        )
 
     def macs(self, operator: Operator) -> int:
         """Products of linears and attention; look-ups, norms and activations count nothing."""
@@ -185,7 +190,7 @@ class EncoderFamily:
     # ------------------------------------------------------------------------------------------ execution
 
     def forward(
-        self, model: nn.Module, inputs: Mapping[str, torch.Tensor], layers: tuple[int, ...], values: Mapping[str, int], linear: Linear
+        self, model: Any, inputs: Mapping[str, torch.Tensor], layers: tuple[int, ...], values: Mapping[str, int], linear: Linear
     ) -> torch.Tensor:
         """Logits (batch, labels) of the sub-network."""
         layout, dims = self.layout(model.config), self.dims(model.config)
@@ -204,7 +209,7 @@ class EncoderFamily:
             hidden = model.get_submodule(layout.final_norm)(hidden)
         return self.classify(model, hidden)
 
-    def shrink(self, model: nn.Module, layers: tuple[int, ...], values: Mapping[str, int]) -> None:
+    def shrink(self, model: Any, layers: tuple[int, ...], values: Mapping[str, int]) -> None:
         """Drop layers and set head counts; the sliced linears are already in place."""
         layout, dims = self.layout(model.config), self.dims(model.config)
         for i in layers:
@@ -227,7 +232,7 @@ _MLP = ("fc1", "fc2")
 class _Block:
     """One layer of the largest network, run sliced; holds no choice between calls."""
 
-    def __init__(self, model: nn.Module, layout: Layout, dims: Dims, layer: int, linear: Linear) -> None:
+    def __init__(self, model: Any, layout: Layout, dims: Dims, layer: int, linear: Linear) -> None:
         from transformers.activations import ACT2FN
 
         self.model, self.layout, self.dims, self.layer, self.linear = model, layout, dims, layer, linear

@@ -86,7 +86,8 @@ class Toy:
     def segments(self, config: Any) -> tuple[Segment, ...]:
         found = [Segment("embedding", "embedding", "embed", None, None, ("embed.weight", "embed.bias"))]
         for i in range(config.layers):
-            names = tuple(f"blocks.{i}.{p}" for p in ("norm.weight", "norm.bias", "up.weight", "up.bias", "down.weight", "out.weight", "out.bias"))
+            parts = ("norm.weight", "norm.bias", "up.weight", "up.bias", "down.weight", "out.weight", "out.bias")
+            names = tuple(f"blocks.{i}.{part}" for part in parts)
             weights = tuple(n for n in names if n.endswith(".weight") and "norm" not in n)
             found.append(Segment(f"layers.{i}.mlp", "mlp", f"blocks.{i}", i, (names[0], "input"), names, weights, "int8"))
         head = ("norm.weight", "norm.bias", "classifier.weight", "classifier.bias")
@@ -128,14 +129,14 @@ class Toy:
             return d["batch"] * (d["hidden"] * d["width"] + d["width"] * d["rank"] + d["rank"] * d["hidden"])
         return d["batch"] * d["hidden"] * d.get("features", d.get("labels", 0))
 
-    def create(self, config: Any) -> nn.Module:
+    def create(self, config: Any) -> Any:
         return ToyForClassification(config).eval()
 
-    def load(self, folder: str, **config: Any) -> nn.Module:
+    def load(self, folder: str, **config: Any) -> Any:
         return load_pretrained(ToyForClassification, folder, **config)
 
     def forward(
-        self, model: nn.Module, inputs: Mapping[str, torch.Tensor], layers: tuple[int, ...], values: Mapping[str, int], linear: Linear
+        self, model: Any, inputs: Mapping[str, torch.Tensor], layers: tuple[int, ...], values: Mapping[str, int], linear: Linear
     ) -> torch.Tensor:
         h = values["hidden"]
         x = F.linear(inputs["features"], model.embed.weight[:h], model.embed.bias[:h])
@@ -149,7 +150,7 @@ class Toy:
         x = F.layer_norm(x, (h,), model.norm.weight[:h], model.norm.bias[:h], model.norm.eps)
         return F.linear(x, model.classifier.weight[:, :h], model.classifier.bias)
 
-    def shrink(self, model: nn.Module, layers: tuple[int, ...], values: Mapping[str, int]) -> None:
+    def shrink(self, model: Any, layers: tuple[int, ...], values: Mapping[str, int]) -> None:
         """Drop blocks; LayerNorms were sliced with their parameters and only need their shape said again."""
         model.blocks = nn.ModuleList(model.blocks[i] for i in layers)
         for norm in (model.norm, *(block.norm for block in model.blocks)):

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from nascompile.families import InputSpec, Linear
 from nascompile.families.encoder import Dims, EncoderFamily, Layout, load_pretrained
@@ -49,21 +48,21 @@ class Vit(EncoderFamily):
         )  # fmt: skip
         return Operator(kind="embedding", dims=dims, attributes=(("input", "image"),), precision=precision)
 
-    def create(self, config: Any) -> nn.Module:
+    def create(self, config: Any) -> Any:
         from transformers import ViTForImageClassification
 
         config._attn_implementation = "eager"
         return ViTForImageClassification(config).eval()
 
-    def load(self, folder: str, **config: Any) -> nn.Module:
+    def load(self, folder: str, **config: Any) -> Any:
         from transformers import ViTForImageClassification
 
         return load_pretrained(ViTForImageClassification, folder, **config)
 
-    def embed(self, model: nn.Module, inputs: Mapping[str, torch.Tensor], linear: Linear) -> torch.Tensor:
+    def embed(self, model: Any, inputs: Mapping[str, torch.Tensor], linear: Linear) -> torch.Tensor:
         return model.vit.embeddings(inputs["pixel_values"])  # type: ignore[no-any-return]
 
-    def classify(self, model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def classify(self, model: Any, hidden: torch.Tensor) -> torch.Tensor:
         return model.classifier(hidden[:, 0])  # type: ignore[no-any-return]
 
 

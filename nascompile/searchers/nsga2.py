@@ -34,8 +34,8 @@ class Nsga2Run:
             if point not in start:
                 start.append(point)
         self.algorithm = NSGA2(
-            pop_size=population, sampling=np.array([spaces.encode(space, point) for point in start]), crossover=UniformCrossover(prob=CROSSOVER),
-            mutation=_Reset(top), eliminate_duplicates=_SameCandidate(space),
+            pop_size=population, sampling=np.array([spaces.encode(space, point) for point in start]),
+            crossover=UniformCrossover(prob=CROSSOVER), mutation=_Reset(top), eliminate_duplicates=_SameCandidate(space),
         )  # fmt: skip
         self.algorithm.setup(self.problem, termination=("n_gen", 10**6), seed=seed)
         self.asked: Any = None
