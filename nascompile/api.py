@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from nascompile import engine, pipeline, report, settings
+from nascompile import engine
 from nascompile.engine import Engine
 from nascompile.errors import RecipeError
 from nascompile.progress import Lines, Silent
@@ -48,6 +48,8 @@ def compile(
     f(labels, logits) ▸ float with its `direction`. `options`: any other setting of a recipe, sections by underscore-free name, e.g.
     `task="regression"`, `seed=1`, `finetune={"epochs": 2}`, `data={"label_column": "y"}`. Raises NascompileError.
     """
+    from nascompile import pipeline, report, settings  # with torch; `load` does without
+
     budgets = {"max_drop": max_drop, "latency_ms": latency_ms, "size_mb": size_mb, "macs_m": macs_m}
     content = dict(options) | {"device": target, "budgets": {name: bound for name, bound in budgets.items() if bound is not None}}
     in_memory = not isinstance(model, str | Path)
