@@ -118,8 +118,8 @@ FLAGS = {
         Flag("--device", "device", str, "Device to compile for; `nascompile devices` lists them.", "NAME"),
         Flag("--backend", "backend", str, "Runtime; default: the device's first.", "NAME"),
         Flag("--threads", "threads", int, "Threads of one engine.", "N"),
-        Flag("--tables", "tables", str, "Folder of latency tables looked into first.", "FOLDER"),
-        Flag("--allow-foreign", "allow_foreign", bool, "Use a table taken in another environment; every result says so."),
+        Flag("--tables", "tables", str, "Folder of latency tables looked into first, or the one table to use.", "FOLDER|FILE"),
+        Flag("--allow-foreign", "allow_foreign", bool, "Use the table that --tables names although it was taken in another environment."),
     ),
     "Budgets (one at least)": (
         Flag("--max-drop", "budgets.max_drop", float, "Points of the metric an engine may lose against the baseline.", "POINTS"),

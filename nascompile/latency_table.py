@@ -140,11 +140,14 @@ def workload_label(workload: Workload) -> str:
     return "-".join(parts if workload.scenario == "single-stream" else [*parts, workload.scenario])
 
 
-def find(target: Target, environment: Environment, operators: Sequence[Operator], explicit: Path | None = None) -> Found | None:
+def find(
+    target: Target, environment: Environment, operators: Sequence[Operator], explicit: Path | None = None, allow_foreign: bool = False
+) -> Found | None:  # fmt: skip
     """The stored table of this target and environment that lacks fewest operators; ties: best folder, then smallest error.
 
     `explicit` may be a folder, looked at before the others, or one table file: then only that is considered, and TableError
-    says why it cannot be used. Damaged files and tables of other machines in the folders are passed over.
+    says why it cannot be used; `allow_foreign` lets it be of another environment. Damaged files and tables of other machines in the
+    folders are passed over.
     """
     if explicit is not None and explicit.is_file():
         table = records.load(explicit, LatencyTable)
@@ -153,7 +156,7 @@ def find(target: Target, environment: Environment, operators: Sequence[Operator]
                 f"{explicit} was made for another target: {table.target.id}", detail=_target_differences(table.target, target),
                 hint="ask for that target, or leave the file out and let `nascompile profile` make a table",
             )  # fmt: skip
-        check_environment(table, environment)
+        check_environment(table, environment, allow_foreign)
         return Found(explicit, table, missing(table, operators))
     found: list[tuple[tuple[int, int, float, str], Found]] = []
     for rank, folder in enumerate(places.folders(places.TABLES, explicit)):

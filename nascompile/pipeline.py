@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import tempfile
 import time
@@ -33,12 +35,13 @@ from nascompile import (
     targets,
 )
 from nascompile.accuracy import Evaluator, best_method
-from nascompile.errors import ModelError, RecipeError, RecordError
+from nascompile.errors import DataError, ModelError, NascompileError, RecipeError, RecordError, TableError
 from nascompile.families import Family
 from nascompile.families.encoder import quiet
 from nascompile.preprocess import Preprocessor
 from nascompile.progress import Progress, Silent
 from nascompile.records import (
+    Choice,
     EngineManifest,
     Evaluation,
     Front,
@@ -64,6 +67,8 @@ from nascompile.supernet import Supernet
 STAGES = ("data", "profile", "finetune", "search", "build", "measure", "rerank", "report")
 FIXED = ("model", "new_head", "data", "task", "metric", "device", "backend", "threads", "seed")
 """Settings that make another run of it: what was measured and scored does not carry over."""
+DECIDING = ("budgets", "finetune", "search", "measure")
+"""Settings that lead to a choice: fixed once test has been read for one."""
 TEACHER_SHARE, FINETUNE_SHARE, SEARCH_SHARE = 0.25, 0.55, 0.8
 """Parts of `minutes` after which the teacher, the super-network and the search come to an end."""
 
@@ -96,7 +101,8 @@ def run(
         context = Context(recipe, out, progress, given or Given())
         for number, stage in enumerate(STAGES[: STAGES.index(until) + 1], 1):
             progress.stage(stage, number, len(STAGES))
-            context.perform(stage)
+            with _room(out):
+                context.perform(stage)
 
 
 class Context:
@@ -111,7 +117,8 @@ class Context:
         """Run one stage, or find that it was finished on the same inputs."""
         path = self.out / "stages" / f"{stage}.json"
         inputs = digest(stage, self._inputs(stage))
-        if path.is_file():
+        unseen = stage == "data" and self.given.data  # objects in memory may have changed: read, compared by what they hold
+        if path.is_file() and not unseen:
             before = load(path, StageDone)
             if before.inputs == inputs and all(_unchanged(self.out / name, sha) for name, sha in before.files):
                 self.done[stage] = before
@@ -127,9 +134,10 @@ class Context:
         """Everything a stage's result depends on."""
         r, after = self.recipe, {name: done.files for name, done in self.done.items()}
         read: dict[str, Callable[[], Any]] = {
-            "data": lambda: (r.model, r.new_head, r.task, r.data, _source_digests(r), sorted(self.given.data)),
+            "data": lambda: (r.model, r.new_head, r.task, r.data, _source_digests(r)),
             "profile": lambda: (
-                self.target, self.family.name, self.config.to_json_string(use_diff=False), r.profile_seconds, self.environment
+                self.target, self.family.name, self.config.to_json_string(use_diff=False), r.profile_seconds, self.environment,
+                r.tables, r.allow_foreign,
             ),
             "finetune": lambda: (after["data"], r.finetune, r.seed, self.metric, self.target),
             "search": lambda: (after["finetune"], after["profile"], r.search, r.budgets, r.seed),
@@ -146,6 +154,8 @@ class Context:
     def model_folder(self) -> Path:
         if self.given.model is not None:
             return _stored_model(self.given, self.out / "model")
+        if (self.out / "model").is_dir():  # kept by an earlier call
+            return self.out / "model"
         if self.recipe.model == DEMO:
             return Path(__file__).parent / "demo" / "model"
         if self.recipe.model == TOY:
@@ -272,7 +282,8 @@ class Context:
             folder, config.to_dict(), r.data.max_length, [spec.name for spec in self.family.inputs(config)]
         )
         own = None if r.new_head or r.model == TOY or not models.has_head(folder) else config.id2label
-        settings, objects = _embedded_data(r) if r.model in (DEMO, TOY) and not r.data.data else (r.data, dict(self.given.data))
+        embedded = r.model in (DEMO, TOY) and not r.data.data and not self.given.data
+        settings, objects = _embedded_data(r) if embedded else (r.data, dict(self.given.data))
         manifest = data.prepare(
             settings, preprocessor, self.task, self.out / "data", id2label=own, sources=objects, progress=self.progress.step
         )
@@ -292,9 +303,19 @@ class Context:
         environment = self.device.environment(self.target, self.backend.versions())
         explicit = Path(self.recipe.tables) if self.recipe.tables else None
         operators = network.operators(self.family, self.config, space, self.target)
-        found = latency_table.find(self.target, environment, operators, explicit)
+        found = latency_table.find(self.target, environment, operators, explicit, self.recipe.allow_foreign)
+        foreign = latency_table.differences(found.table.environment, environment) if found else ()
         work = self.out / "profiling"
-        if found is not None and not found.missing:
+        if found and foreign:
+            if found.missing:
+                raise TableError(
+                    f"{found.path} was made elsewhere and lacks {len(found.missing)} of the network's operators",
+                    detail="\n".join(operator.label for operator in found.missing),
+                    hint="what is timed here cannot be added to it: leave --tables out, and a table of this environment is made",
+                )
+            self.progress.note(f"using a foreign latency table, with other {', '.join(name for name, _, _ in foreign)}: {found.path}")
+            table = found.table
+        elif found and not found.missing:
             profiler.canary(found.table, self.family, self.config, space, self.backend, self.device, work, self.recipe.seed)
             self.progress.note(f"using the latency table {found.path}")
             table = found.table
@@ -413,7 +434,13 @@ class Context:
         manifests = {m.engine: load(self.out / "engines" / m.engine / "manifest.json", EngineManifest) for m in measured}
         save(rerank.correct(manifests, measured, digest(self.table)), self.out / "correction.json")
         choice = rerank.choose(manifests, measured, self.recipe.budgets.bounds(self.target.id), self.recipe.measure.safety)
-        save(choice, self.out / "choice.json")
+        path = self.out / "choice.json"
+        if path.is_file() and _test_was_read(self.out) and load(path, Choice) != choice:
+            raise DataError(
+                f"test was already read for another choice: {load(path, Choice).engine} in {path}", detail=f"this choice: {choice.engine}",
+                hint="a test result chosen between is no test result: start a new run with another --out",
+            )  # fmt: skip
+        save(choice, path)
         self.progress.note(f"chosen: {choice.engine}, {choice.reason}")
         result = rerank.examine(
             choice, self.out / "engines", lambda: self.split("test", "final scores"), self.task, self.metric,
@@ -495,19 +522,47 @@ def _locked(out: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def _room(out: Path) -> Iterator[None]:
+    """RecordError for a full disk, whichever library was writing."""
+    try:
+        yield
+    except NascompileError:
+        raise
+    except Exception as error:  # each library has its own: OSError, SafetensorError, RuntimeError
+        if getattr(error, "errno", 0) not in (errno.ENOSPC, errno.EDQUOT) and os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise RecordError(
+            f"no space left on the disk: {out}", detail=str(error),
+            hint="free some space and run the same command again; everything finished so far is kept",
+        ) from error  # fmt: skip
+
+
 def _keep_recipe(recipe: Recipe, out: Path) -> None:
-    """Store the recipe; RecipeError if the folder holds a run of something else."""
+    """Store the recipe; RecipeError if the folder holds a run of something else, or one that test has been read of for other settings."""
     path = out / "recipe.json"
     if path.is_file():
         before = load(path, Recipe)
-        faults = [
-            f"{name}: {getattr(before, name)} there, {getattr(recipe, name)} asked for"
-            for name in FIXED
-            if getattr(before, name) != getattr(recipe, name)
-        ]
-        if faults:
-            raise RecipeError(f"{out} holds another run", detail="\n".join(faults), hint="give another --out, or the same settings")
+        if faults := _differences(before, recipe, FIXED):
+            if (out / "stages" / "data.json").is_file():
+                raise RecipeError(f"{out} holds another run", detail=faults, hint="give another --out, or the same settings")
+            _discard(out, ("model",))  # nothing was done yet, but a model may have been stored
+        if (faults := _differences(before, recipe, DECIDING)) and _test_was_read(out):
+            raise RecipeError(
+                f"test was read for the choice in {out}: the settings that led to it cannot change any more", detail=faults,
+                hint="a test result chosen between is no test result: start a new run with another --out",
+            )  # fmt: skip
     save(recipe, path)
+
+
+def _differences(before: Recipe, now: Recipe, names: tuple[str, ...]) -> str:
+    """One line per setting that is not what it was."""
+    pairs = [(name, getattr(before, name), getattr(now, name)) for name in names]
+    return "\n".join(f"{name}: {old} there, {new} asked for" for name, old, new in pairs if old != new)
+
+
+def _test_was_read(out: Path) -> bool:
+    return any(entry["split"] == "test" for entry in data.accesses(out / "data"))
 
 
 def _unchanged(path: Path, sha: str) -> bool:
@@ -556,12 +611,15 @@ def _toy_model(folder: Path, seed: int) -> Path:
 
 def _stored_model(given: Given, folder: Path) -> Path:
     """A model in memory, saved with its tokenizer or image processor so that the run can be resumed without it."""
+    temporary = folder.with_name(f".{folder.name}.part")
+    _discard(folder.parent, (temporary.name,))
+    with quiet():
+        given.model.save_pretrained(temporary)
+    if given.processor is not None:
+        given.processor.save_pretrained(temporary)
     if not folder.is_dir():
-        temporary = folder.with_name(f".{folder.name}.part")
-        _discard(folder.parent, (temporary.name,))
-        with quiet():
-            given.model.save_pretrained(temporary)
-        if given.processor is not None:
-            given.processor.save_pretrained(temporary)
         temporary.rename(folder)
+    elif models.weights_digest(temporary) != models.weights_digest(folder):
+        raise RecipeError(f"{folder.parent} holds a run of another model: the weights differ", hint="give another `out`")
+    _discard(folder.parent, (temporary.name,))
     return folder
