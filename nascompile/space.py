@@ -61,6 +61,11 @@ def check(space: SearchSpace, point: Candidate) -> None:
     values: Genome = dict(point.architecture)
     if tuple(target for target, _ in point.precision) != space.targets:
         raise RecipeError(f"candidate {point.id} has precisions for other targets than the space: {', '.join(space.targets)}")
+    kinds = {gene.name: gene.kind for gene in space.genes}
+    named = [("architecture", point.architecture), *(("precision", genes) for _, genes in point.precision)]
+    for kind, name in ((kind, name) for kind, pairs in named for name, _ in pairs):
+        if kinds.get(name) != kind:
+            raise RecipeError(f"{name} is no {kind} gene of the space", hint=f"its genes: {', '.join(kinds)}")
     for t, (_, genes) in enumerate(point.precision):
         values.update({_slots(space, slot_gene(space, name))[t]: value for name, value in genes})
     for slot in gene_names(space):
