@@ -223,6 +223,9 @@ class EncoderFamily:
         stack = getattr(owner, name)
         setattr(owner, name, nn.ModuleList(stack[i] for i in layers))
         model.config.num_hidden_layers = len(layers)
+        if len(widths := {values[f"layers.{i}.width"] for i in layers}) == 1:
+            # one width for all is something the stock configuration can say, and then from_pretrained opens the network
+            setattr(model.config, "hidden_dim" if hasattr(model.config, "hidden_dim") else "intermediate_size", widths.pop())
 
 
 _ATTENTION = ("query", "key", "value", "out")

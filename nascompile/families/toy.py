@@ -155,6 +155,11 @@ class Toy:
         model.blocks = nn.ModuleList(model.blocks[i] for i in layers)
         for norm in (model.norm, *(block.norm for block in model.blocks)):
             norm.normalized_shape = (values["hidden"],)
+        config = model.config
+        config.layers, config.hidden = len(layers), values["hidden"]
+        for name in ("width", "rank"):
+            if len(sizes := {values[f"layers.{i}.{name}"] for i in layers}) == 1:
+                setattr(config, name, sizes.pop())
 
 
 def demo_data(samples: int, seed: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
