@@ -66,7 +66,7 @@ def case(request):
 
 
 def test_a_layers_genes_wait_for_the_depth_that_brings_it():
-    _, config, _, space = make("toy", (2, 0, 1))  # depth from 1: half of 3 layers
+    space = make("toy", (2, 0, 1))[3]  # depth from 1: half of 3 layers
     assert next(g for g in space.genes if g.name == "depth").choices == (1, 2, 3)
     wanted = {2: (), 0: (("depth", 2),), 1: (("depth", 3),)}
     for gene in space.genes:
