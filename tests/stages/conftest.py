@@ -1,0 +1,62 @@
+"""A run of the toy network that is as small as a whole run can be, in a folder of its own."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nascompile import places
+from nascompile.settings import Budgets, FinetuneSettings, MeasureSettings, Recipe, SearchSettings
+
+
+@pytest.fixture(scope="session")
+def quick() -> Recipe:
+    """The embedded toy on the fake device: about two seconds."""
+    return Recipe(
+        model="toy",
+        device="fake",
+        budgets=Budgets(max_drop=20.0),
+        finetune=FinetuneSettings(teacher_epochs=3, epochs=1, batch_size=32, learning_rate=0.01),
+        search=SearchSettings(evaluations=12, population=6, calibration_samples=32, calibration_methods=("minmax",)),
+        measure=MeasureSettings(top_k=2, seconds=0.05, batches=(1,), agreement=2),
+        profile_seconds=0.1,
+    )
+
+
+@pytest.fixture(scope="session")
+def into() -> Callable[[Path, pytest.MonkeyPatch], Path]:
+    """into(folder, monkeypatch): work in that folder, with no latency tables from the checkout."""
+    packaged = places._packaged
+
+    def enter(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+        patch.setattr(places, "_packaged", lambda kind: () if kind == places.TABLES else packaged(kind))
+        patch.chdir(folder)
+        return folder
+
+    return enter
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, into: Any) -> Path:
+    """An empty working folder."""
+    return into(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def toy_csv() -> Any:
+    """toy_csv(path, samples=400, seed=0) ▸ path: 16 features a row and a label, a, b or c."""
+
+    def write(path: Path, samples: int = 400, seed: int = 0) -> Path:
+        from nascompile.families.toy import demo_data
+
+        features, labels = demo_data(samples, seed)
+        with path.open("w", newline="") as stream:
+            rows = ([*map(str, x.tolist()), "abc"[y]] for x, y in zip(features, labels, strict=True))
+            csv.writer(stream, lineterminator="\n").writerows([[*(f"x{i}" for i in range(16)), "label"], *rows])
+        return path
+
+    return write
