@@ -190,7 +190,7 @@ def train(job: Job, progress: Progress) -> TrainingLog:
         _step(job, net, optimizer, rows, schedule(state.step), state.step, accelerator)
         state.step += 1
         progress.step(f"{job.folder.name}: epoch {epoch + 1} of {job.epochs}", state.step, total)
-        late = time.monotonic() > job.deadline
+        late = _agreed(accelerator, time.monotonic() > job.deadline)
         if state.step % steps_per_epoch == 0 or late:
             state.note(state.step / steps_per_epoch, _validate(job, net), net, job.folder, accelerator.is_main_process)
             if late and state.step < total:
@@ -203,6 +203,7 @@ def train(job: Job, progress: Progress) -> TrainingLog:
             state.seconds = time.monotonic() - started
             state.store(job.folder, net, optimizer)
             saved = time.monotonic()
+    accelerator.wait_for_everyone()  # the main process may still be writing what the others read
     net.load_state_dict(load_file(job.folder / "best.safetensors"))
     net.to("cpu").eval()
     passes = job.recipe.passes(job.terms)
@@ -264,6 +265,15 @@ def _step(job: Job, net: Supernet, optimizer: Any, rows: Any, rate: float, step:
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
+
+
+def _agreed(accelerator: Any, late: bool) -> bool:
+    """Whether the main process is late: clocks differ, and a process that stopped alone would leave the others waiting."""
+    if accelerator.num_processes == 1:
+        return late
+    from accelerate.utils import broadcast
+
+    return bool(broadcast(torch.tensor([float(late)], device=accelerator.device))[0])
 
 
 def _optimizer(net: Supernet, settings: FinetuneSettings) -> torch.optim.AdamW:
