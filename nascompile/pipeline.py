@@ -97,6 +97,7 @@ def run(
     """Run the stages up to `until`, skipping finished ones whose inputs have not changed; everything is in `out` afterwards."""
     progress = progress or Silent()
     with _locked(out):
+        _sweep(out)
         _keep_recipe(recipe, out)
         context = Context(recipe, out, progress, given or Given())
         for number, stage in enumerate(STAGES[: STAGES.index(until) + 1], 1):
@@ -423,7 +424,7 @@ class Context:
         return pairs
 
     def _engine_score(self, source: build.Source, e: Evaluation, part: data.Split) -> Score:
-        with tempfile.TemporaryDirectory(dir=self.out) as scratch:
+        with tempfile.TemporaryDirectory(prefix=".engine.", suffix=".part", dir=self.out) as scratch:
             graphs = self.backend.build(build.lower(self.parts, source, e.candidate), self.target, Path(scratch))
             runner = self.backend.load(Path(scratch), graphs, self.target)
             digests = (e.score.split_digest, e.score.weights_digest, e.score.evaluator_digest)
@@ -520,6 +521,15 @@ def _locked(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _sweep(out: Path) -> None:
+    """Remove what a killed process was writing; nobody else writes here."""
+    for path in (*out.glob("**/.*.part"), *out.glob("**/.*.old"), *out.glob("profiling/tmp*")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
