@@ -1,0 +1,242 @@
+"""kill -9 at any moment, the same command again: it goes on, and ends where an uninterrupted run ends, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from nascompile import engine, records
+from nascompile.journal import read as read_journal
+from nascompile.records import Evaluation, LatencyTable, TableRow, load
+
+RECIPE = """
+model = "toy"
+device = "fake"
+profile_seconds = 0.1
+[budgets]
+max_drop = 20.0
+[finetune]
+teacher_epochs = 2
+epochs = 2
+learning_rate = 0.01
+[search]
+evaluations = 12
+population = 6
+calibration_samples = 64
+[measure]
+top_k = 2
+seconds = 0.1
+batches = [1, 8]
+agreement = 4
+"""
+COMMAND = """
+import os, signal, sys
+from nascompile import finetune, places
+packaged = places._packaged
+places._packaged = lambda kind: () if kind == places.TABLES else packaged(kind)
+finetune.CHECKPOINT_SECONDS = float(os.environ["CHECKPOINTS"])
+left = int(os.environ["WRITES"])
+
+def dying(call):
+    # what makes a file or folder be there: dies instead of, or right after, one of these calls
+    def run(*arguments, **options):
+        global left
+        left -= 1
+        if left == 0 and os.environ["BEFORE"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        call(*arguments, **options)
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return run
+
+os.replace, os.rename, os.fsync = dying(os.replace), dying(os.rename), dying(os.fsync)
+from nascompile.cli import main
+main()
+"""
+"""`nascompile`, with frequent checkpoints, no tables of the checkout, and a wish to die at the WRITES-th write (0: none)."""
+VOLATILE = ("seconds", "build_seconds", "table_digest")
+"""Wall-clock times; and the digest of a table, which holds one."""
+
+
+def start(folder: Path, *arguments: str, checkpoints: float = 0.05, writes: int = 0, before: bool = True) -> subprocess.Popen[str]:
+    """The command in `folder`; its progress is to be read from stderr."""
+    environment = {**os.environ, "CHECKPOINTS": str(checkpoints), "WRITES": str(writes), "BEFORE": str(int(before))}
+    command = [sys.executable, "-c", COMMAND, *arguments]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def complete(folder: Path, *arguments: str, **options: Any) -> float:
+    """Run to the end; seconds since the first stage began."""
+    with start(folder, *arguments, **options) as process:
+        assert process.stderr
+        process.stderr.readline()
+        began = time.monotonic()
+        error = process.stderr.read()
+    assert process.returncode == 0, error
+    return time.monotonic() - began
+
+
+def killed(folder: Path, *arguments: str, after: float, **options: Any) -> bool:
+    """Whether it was killed `after` so many seconds of work, or by its own hand; False: it had finished before."""
+    with start(folder, *arguments, **options) as process:
+        assert process.stderr
+        process.stderr.readline()
+        try:
+            process.wait(after)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+        error = process.stderr.read()
+    assert process.returncode in (0, -signal.SIGKILL), error
+    return process.returncode != 0
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """(folder of a run nobody disturbed, its seconds of work)."""
+    folder = tmp_path_factory.mktemp("reference")
+    (folder / "recipe.toml").write_text(RECIPE)
+    return folder, complete(folder, "run", "recipe.toml", "--out", "run", checkpoints=1e9)
+
+
+@pytest.fixture
+def folder(reference: tuple[Path, float], tmp_path: Path) -> Path:
+    """A new working folder with the recipe and the table of the reference: two timings of one operator are never equal."""
+    shutil.copy(reference[0] / "recipe.toml", tmp_path)
+    shutil.copytree(reference[0] / "latency_tables", tmp_path / "latency_tables")
+    return tmp_path
+
+
+# ---------------------------------------------------------------------------------------------- what must always hold
+
+
+def check_whole(run: Path) -> None:
+    """Everything that has its final name is complete."""
+    for path in run.rglob("*.json"):
+        if any(part.startswith((".", "tmp")) for part in path.relative_to(run).parts):
+            continue  # what the killed process was writing
+        body = json.loads(path.read_bytes())
+        kind = getattr(records, body.get("record", ""), None) if isinstance(body, dict) else None
+        if kind is not None:
+            load(path, kind)
+    for folder in (run / "engines").glob("[!.]*"):
+        assert engine.verify(folder)
+    scored = list(read_journal(run / "journal.jsonl", Evaluation))
+    keys = {(e.candidate.id, e.score.weights_digest, e.score.evaluator_digest, e.score.split_digest) for e in scored}
+    assert len(keys) == len(scored), "a candidate was scored twice"
+    for path in run.glob("*/model.safetensors"):
+        from safetensors.numpy import load_file
+
+        assert load_file(path)
+
+
+def results(run: Path) -> dict[str, Any]:
+    """All that a run ends in: records without times, weights, graphs."""
+    found: dict[str, Any] = {}
+    names = ["front", "choice", "test", "baseline", "calibration", "agreement", "correction", "data/data", "supernet/manifest"]
+    for path in [*(run / f"{name}.json" for name in names), *run.glob("measurements/*.json"), *run.glob("engines/*/candidate.json")]:
+        found[str(path.relative_to(run))] = stripped(json.loads(path.read_bytes()))
+    journal = [msgspec.to_builtins(e) for e in read_journal(run / "journal.jsonl", Evaluation)]
+    found["journal"] = stripped(journal)
+    for path in [*run.glob("*/model.safetensors"), *run.glob("engines/*/model.onnx")]:
+        found[str(path.relative_to(run))] = records.file_digest(path)
+    return found
+
+
+def stripped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: stripped(v) for k, v in value.items() if k not in VOLATILE}
+    return [stripped(v) for v in value] if isinstance(value, list) else value
+
+
+def check_equal(run: Path, wanted: Path) -> None:
+    found, expected = results(run), results(wanted)
+    assert list(found) == list(expected)
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def resume(folder: Path, reference: tuple[Path, float], plan: Sequence[dict[str, Any]]) -> int:
+    """Kill the run by the plan, then let it end; how often it was killed in its work."""
+    times = 0
+    for death in plan:
+        if not killed(folder, "run", "recipe.toml", "--out", "run", **death):
+            break
+        times += 1
+        check_whole(folder / "run")
+    complete(folder, "run", "recipe.toml", "--out", "run")
+    check_whole(folder / "run")
+    check_equal(folder / "run", reference[0] / "run")
+    return times
+
+
+# ---------------------------------------------------------------------------------------------- kills
+
+
+def drawn(seed: int, count: int, seconds: float) -> list[dict[str, Any]]:
+    """Deaths at random moments and at random writes; early ones among them, so that the run is not over at once."""
+    rng = np.random.default_rng(seed)
+    found: list[dict[str, Any]] = []
+    for _ in range(count):
+        if rng.random() < 0.5:
+            found.append({"after": float(rng.uniform(0, seconds) * rng.choice([0.2, 1.0]))})
+        else:
+            found.append({"after": 60.0, "writes": int(rng.integers(1, 40)), "before": bool(rng.random() < 0.5)})
+    return found
+
+
+def test_killed_a_few_times_it_ends_the_same(folder: Path, reference: tuple[Path, float]) -> None:
+    assert resume(folder, reference, drawn(1, 3, reference[1])) >= 2
+
+
+def test_leftovers_of_a_killed_run_are_not_used(folder: Path, reference: tuple[Path, float]) -> None:
+    """Killed in the middle of the training, with worse than what can be left lying about."""
+    assert killed(folder, "run", "recipe.toml", "--out", "run", after=60.0, writes=30)
+    run = folder / "run"
+    (run / "engines" / ".candidate-1.abc.part").mkdir(parents=True)
+    (run / "engines" / ".candidate-1.abc.part" / "manifest.json").write_text("{")
+    for name in (".supernet.part", ".teacher.part", ".data.abc.part", ".engine.abc.part"):
+        (run / name).mkdir(exist_ok=True)
+        (run / name / "model.safetensors").write_bytes(b"half of it")
+        (run / name / "data.json").write_text("{")
+    for name in ("front.json", "choice.json", "test.json", "stages/search.json"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).with_name(f".{Path(name).name}.abc.part").write_text("{")
+    (run / "journal.jsonl").write_bytes(b'{"digest":"0123456789abcdef","record":"Evaluation","data":{"cand')
+    complete(folder, "run", "recipe.toml", "--out", "run")
+    check_equal(run, reference[0] / "run")
+    assert [p for p in run.rglob("*") if ".part" in p.name] == []
+
+
+def test_a_profile_that_was_killed_goes_on(reference: tuple[Path, float], tmp_path: Path) -> None:
+    shutil.copy(reference[0] / "recipe.toml", tmp_path)
+    assert killed(tmp_path, "profile", "recipe.toml", "--out", "run", after=60.0, writes=30)
+    (part,) = (tmp_path / "run" / "profiling").glob("rows-*.part")
+    timed = list(read_journal(part, TableRow))
+    assert len(timed) > 1
+    complete(tmp_path, "profile", "recipe.toml", "--out", "run")
+    table, expected = (load(folder / "run" / "table.json", LatencyTable) for folder in (tmp_path, reference[0]))
+    ms, wanted = ({row.operator: row.latency.value for row in t.rows} for t in (table, expected))
+    assert len(table.rows) == len(ms)
+    assert set(ms) == set(wanted)
+    # the simulated noise is 1 % of a sample, and a row is a low quantile of 30 of them
+    assert all(ms[o] == pytest.approx(wanted[o], rel=0.05) for o in ms)
+    kept = {row.operator: row.latency.value for row in timed if row.operator in ms}
+    assert kept
+    assert kept == {operator: ms[operator] for operator in kept}  # not timed again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_many_times_it_ends_the_same(seed: int, folder: Path, reference: tuple[Path, float]) -> None:
+    assert resume(folder, reference, drawn(100 + seed, 8, reference[1])) >= 3
