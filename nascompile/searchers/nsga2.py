@@ -1,4 +1,4 @@
-"""NSGA-II (Deb et al. 2002) from pymoo over indices of the genome; inactive genes never make two candidates of one."""
+"""NSGA-II (Deb et al. 2002) from pymoo over indices of the genome; offspring that were asked for before are bred again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from pymoo.algorithms.moo.nsga2 import NSGA2
-from pymoo.core.duplicate import ElementwiseDuplicateElimination
+from pymoo.core.duplicate import DuplicateElimination
 from pymoo.core.evaluator import Evaluator
 from pymoo.core.mutation import Mutation
 from pymoo.core.problem import Problem
@@ -25,31 +25,40 @@ class Nsga2Run:
         slots = [spaces.slot_gene(space, slot).choices for slot in spaces.gene_names(space)]
         top = np.array([len(choices) - 1 for choices in slots])
         self.problem = Problem(n_var=len(top), n_obj=objectives, n_ieq_constr=1, xl=np.zeros(len(top)), xu=top, vtype=int)
-        rng = np.random.default_rng(seed)
-        start = list(dict.fromkeys(first))[:population]
-        for _ in range(200 * population):
-            if len(start) >= population:
-                break
-            point = spaces.sample(space, rng)
-            if point not in start:
-                start.append(point)
+        self.seen: set[Candidate] = set()
+        self.size = spaces.size(space)
         self.algorithm = NSGA2(
-            pop_size=population, sampling=np.array([spaces.encode(space, point) for point in start]),
-            crossover=UniformCrossover(prob=CROSSOVER), mutation=_Reset(top), eliminate_duplicates=_SameCandidate(space),
+            pop_size=population, sampling=np.array([spaces.encode(space, p) for p in _start(space, population, first, seed, self.size)]),
+            crossover=UniformCrossover(prob=CROSSOVER), mutation=_Reset(top), eliminate_duplicates=_Unseen(space, self.seen),
         )  # fmt: skip
         self.algorithm.setup(self.problem, termination=("n_gen", 10**6), seed=seed)
         self.asked: Any = None
 
     def ask(self) -> tuple[Candidate, ...]:
+        if len(self.seen) == self.size:
+            return ()
         self.asked = self.algorithm.ask()
         if self.asked is None or len(self.asked) == 0:
             return ()
-        return tuple(spaces.decode(self.space, tuple(int(i) for i in row)) for row in self.asked.get("X"))
+        points = tuple(spaces.decode(self.space, tuple(int(i) for i in row)) for row in self.asked.get("X"))
+        self.seen.update(points)
+        return points
 
     def tell(self, points: tuple[Candidate, ...], objectives: Any, violations: Any) -> None:
         static = StaticProblem(self.problem, F=np.asarray(objectives, dtype=float), G=np.asarray(violations, dtype=float)[:, None])
         Evaluator().eval(static, self.asked)
         self.algorithm.tell(infills=self.asked)
+
+
+def _start(space: SearchSpace, population: int, first: tuple[Candidate, ...], seed: int, size: int) -> list[Candidate]:
+    """The first generation: what was given, then random candidates."""
+    rng = np.random.default_rng(seed)
+    start = dict.fromkeys(first)
+    for _ in range(200 * population):
+        if len(start) >= min(population, size):
+            break
+        start[spaces.sample(space, rng)] = None
+    return list(start)[:population]
 
 
 class _Reset(Mutation):  # type: ignore[misc]
@@ -66,13 +75,28 @@ class _Reset(Mutation):  # type: ignore[misc]
         return X
 
 
-class _SameCandidate(ElementwiseDuplicateElimination):  # type: ignore[misc]
-    def __init__(self, space: SearchSpace) -> None:
-        super().__init__()
-        self.space = space
+class _Unseen(DuplicateElimination):  # type: ignore[misc]
+    """Leaves candidates that are new to the run; genomes that differ only in inactive genes are one candidate."""
 
-    def is_equal(self, a: Any, b: Any) -> bool:
-        return spaces.decode(self.space, tuple(int(i) for i in a.X)) == spaces.decode(self.space, tuple(int(i) for i in b.X))
+    def __init__(self, space: SearchSpace, seen: set[Candidate]) -> None:
+        super().__init__()
+        self.space, self.seen = space, seen
+        self.decoded: dict[tuple[int, ...], Candidate] = {}
+
+    def _do(self, pop: Any, other: Any, is_duplicate: Any) -> Any:
+        known = set(self.seen) if other is None else {self._candidate(individual) for individual in other}
+        for index, individual in enumerate(pop):
+            point = self._candidate(individual)
+            is_duplicate[index] = point in known
+            if other is None:
+                known.add(point)
+        return is_duplicate
+
+    def _candidate(self, individual: Any) -> Candidate:
+        indices = tuple(int(i) for i in individual.X)
+        if indices not in self.decoded:
+            self.decoded[indices] = spaces.decode(self.space, indices)
+        return self.decoded[indices]
 
 
 class Nsga2:
