@@ -14,7 +14,7 @@ from nascompile.data import Split
 from nascompile.quantization import ActivationRanges
 from nascompile.records import Candidate, Score, SearchSpace, digest, file_digest
 from nascompile.scoring import gain, score_of
-from nascompile.supernet import Supernet, calibrate, emulate, load_batches
+from nascompile.supernet import Supernet, by_length, calibrate, emulate, load_batches
 
 BATCH = 64
 
@@ -81,4 +81,4 @@ def ladder(space: SearchSpace) -> tuple[Candidate, ...]:
 
 
 def _rows(split: Split, samples: int, seed: int) -> np.ndarray[Any, Any]:
-    return np.sort(np.random.default_rng(seed).permutation(len(split))[: samples or len(split)])
+    return by_length(split, np.sort(np.random.default_rng(seed).permutation(len(split))[: samples or len(split)]))

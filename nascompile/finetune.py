@@ -23,12 +23,14 @@ from nascompile.progress import Progress
 from nascompile.recipes import Recipe, StepBatch, Terms
 from nascompile.records import Record, SearchSpace, digest, encode, load, save, write_atomic
 from nascompile.settings import FinetuneSettings
-from nascompile.supernet import Supernet, importance, layer_order, load_batch, load_batches, reorder
+from nascompile.supernet import Supernet, by_length, importance, layer_order, load_batch, load_batches, reorder
 
 CHECKPOINT_SECONDS = 20.0
 EVALUATION_BATCH = 64
+BUCKET = 32
+"""Batches whose texts are sorted by length together."""
 IMPORTANCE_SAMPLES = 512
-ORDER_SAMPLES = 256
+ORDER_SAMPLES = 512
 EARLY_STOPPING_SAMPLES = 1024
 
 
@@ -184,8 +186,7 @@ def train(job: Job, progress: Progress) -> TrainingLog:
     stopped = "finished"
     while state.step < total:
         epoch, offset = divmod(state.step, steps_per_epoch)
-        order = np.random.default_rng([job.seed, epoch]).permutation(len(job.train))
-        rows = order[offset * job.settings.batch_size : (offset + 1) * job.settings.batch_size][rank::world]
+        rows = _epoch(job.train, job.settings.batch_size, job.seed, epoch)[offset][rank::world]
         torch.manual_seed(int(np.random.default_rng([job.seed, state.step, rank]).integers(2**62)))
         _step(job, net, optimizer, rows, schedule(state.step), state.step, accelerator)
         state.step += 1
@@ -214,13 +215,23 @@ def train(job: Job, progress: Progress) -> TrainingLog:
     )  # fmt: skip
 
 
+def _epoch(split: Split, size: int, seed: int, epoch: int) -> list[np.ndarray[Any, Any]]:
+    """The epoch's batches: a shuffle, texts of similar length put together within every few batches, the batches shuffled again."""
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(split))
+    order = np.concatenate([by_length(split, order[i : i + BUCKET * size]) for i in range(0, len(order), BUCKET * size)])
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    whole = [batch for batch in batches if len(batch) == size] or batches
+    return [whole[i] for i in rng.permutation(len(whole))]
+
+
 def sort_by_importance(net: Supernet, space_of: Callable[[tuple[int, ...]], SearchSpace], train_split: Split, task: Any) -> SearchSpace:
     """Sort heads and neurons in place and return the space with its layers ordered by importance."""
-    batches = load_batches(train_split, np.arange(min(len(train_split), IMPORTANCE_SAMPLES)), 32)
+    batches = load_batches(train_split, by_length(train_split, np.arange(min(len(train_split), IMPORTANCE_SAMPLES))), 32)
     reorder(net, importance(net, batches, task.loss))
     plain = space_of(())
     depth = next(gene for gene in plain.genes if gene.name == "depth")
-    few = load_batches(train_split, np.arange(min(len(train_split), ORDER_SAMPLES)), EVALUATION_BATCH)
+    few = load_batches(train_split, by_length(train_split, np.arange(min(len(train_split), ORDER_SAMPLES))), EVALUATION_BATCH)
     return space_of(layer_order(net, few, task.loss, int(depth.choices[0])))
 
 
@@ -230,14 +241,14 @@ def teacher_logits(net: Supernet, split: Split, path: Path, progress: Progress) 
     identity = {"split": split.digest, "weights": _weights_digest(net)}
     if path.is_file() and key.is_file() and json.loads(key.read_text()) == identity:
         return np.load(path, allow_pickle=False)  # type: ignore[no-any-return]
-    rows = []
+    order, found = by_length(split, np.arange(len(split))), []
     net.eval()
     with torch.no_grad():
         for start in range(0, len(split), EVALUATION_BATCH):
-            inputs, _ = load_batch(split, np.arange(start, min(start + EVALUATION_BATCH, len(split))))
-            rows.append(net(inputs, net.largest()).numpy())
+            inputs, _ = load_batch(split, order[start : start + EVALUATION_BATCH])
+            found.append(net(inputs, net.largest()).numpy())
             progress.step("teacher outputs", min(start + EVALUATION_BATCH, len(split)), len(split))
-    logits = np.concatenate(rows)
+    logits = np.concatenate(found)[np.argsort(order)]
     temporary = path.with_name(f".{path.name}.part.npy")
     np.save(temporary, logits, allow_pickle=False)
     temporary.replace(path)
@@ -306,12 +317,12 @@ def _validate(job: Job, net: Supernet) -> float:
     device = next(net.parameters()).device
     outputs: list[list[np.ndarray[Any, Any]]] = [[] for _ in subnets]
     net.eval()
-    samples = min(len(job.validation), EARLY_STOPPING_SAMPLES)
-    for start in range(0, samples, EVALUATION_BATCH):
-        inputs, _ = load_batch(job.validation, np.arange(start, min(start + EVALUATION_BATCH, samples)), device)
+    order = by_length(job.validation, np.arange(min(len(job.validation), EARLY_STOPPING_SAMPLES)))
+    for start in range(0, len(order), EVALUATION_BATCH):
+        inputs, _ = load_batch(job.validation, order[start : start + EVALUATION_BATCH], device)
         for row, subnet in zip(outputs, subnets, strict=True):
             row.append(net(inputs, subnet).cpu().numpy())
-    truth = job.validation.labels[:samples]
+    truth = job.validation.labels[order]
     sign = 1 if task.direction(job.metric) == "maximize" else -1
     return float(np.mean([sign * task.score(job.metric, np.concatenate(row), truth)[0] for row in outputs]))
 

@@ -52,6 +52,7 @@ from nascompile.records import (
     SearchSpace,
     StageDone,
     Target,
+    Workload,
     digest,
     encode,
     file_digest,
@@ -96,6 +97,7 @@ def run(
 ) -> None:
     """Run the stages up to `until`, skipping finished ones whose inputs have not changed; everything is in `out` afterwards."""
     progress = progress or Silent()
+    targets.make(recipe.device, recipe.backend, Workload(), recipe.threads)  # an unknown device is refused before any work
     with _locked(out):
         _sweep(out)
         _keep_recipe(recipe, out)

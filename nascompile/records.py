@@ -454,6 +454,7 @@ def write_atomic(path: Path, content: bytes) -> None:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
             stream.flush()
+            os.fchmod(stream.fileno(), 0o644)  # mkstemp's own mode would hide reports from other users
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except OSError as error:

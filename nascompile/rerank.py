@@ -84,7 +84,7 @@ def choose(
     )
     best = ranked[0]
     lost, error = drop(baseline, scores[best.engine])
-    aim = "highest validation accuracy" if _costs(budgets) else "lowest measured latency"
+    aim = f"best validation {baseline.metric}" if _costs(budgets) else f"lowest {best.latency.kind} latency"
     spare = "" if _margin(baseline, scores[best.engine], budgets, safety) >= 0 else f", though not with {safety:g} standard errors to spare"
     return Choice(
         engine=best.engine,

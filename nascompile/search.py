@@ -91,8 +91,9 @@ def _evaluate(point: Candidate, costs: list[Any], evaluator: Evaluator, known: M
     latency, size, parameters, macs = costs
     began = time.monotonic()
     score = known[key].score if key in known else evaluator.score(point)
+    seconds = known[key].seconds if key in known else time.monotonic() - began
     evaluation = Evaluation(
-        candidate=point, score=score, latency=latency, size_bytes=size, parameters=parameters, macs=macs, seconds=time.monotonic() - began
+        candidate=point, score=score, latency=latency, size_bytes=size, parameters=parameters, macs=macs, seconds=seconds
     )
     if key not in known:
         journal.append(path, evaluation)
@@ -156,7 +157,7 @@ def _require_accuracy(evaluations: list[Evaluation], baseline: Score, budgets: t
             f"none of {len(evaluations)} scored candidates meets the budget: drop ≤ {bound:g} points",
             detail=f"nearest: {best.score.metric} {best.score.value:.2f}, a drop of {least:.2f} from {baseline.value:.2f}, "
             f"at {best.latency.value:.3g} ms ({_shape(best.candidate)})",
-            hint=f"raise `--max-drop` to {_ceil(least):.2g}, or train longer (`--epochs`); every score is kept and not repeated",
+            hint=f"raise `--max-drop` to {_ceil(least):.3g}, or train longer (`--epochs`); every score is kept and not repeated",
         )
 
 

@@ -19,6 +19,7 @@ from nascompile.quantization import ActivationRanges
 from nascompile.records import Candidate, SearchSpace
 
 Batch = tuple[Mapping[str, torch.Tensor], torch.Tensor]
+MASK = "attention_mask"
 SAMPLES_PER_SITE = 1 << 16
 """Values kept per activation site for clipping decisions; minimum and maximum are exact."""
 
@@ -71,10 +72,20 @@ class Supernet(nn.Module):
 
 
 def load_batch(split: Split, rows: np.ndarray[Any, Any], device: Any = "cpu") -> Batch:
-    """The samples of a split at these positions, as tensors."""
+    """The samples of a split at these positions, as tensors; texts without the columns that are padding in all of them."""
     part = split.take(rows)
-    labels = torch.from_numpy(np.ascontiguousarray(part.labels))
-    return {name: torch.from_numpy(np.ascontiguousarray(values)).to(device) for name, values in part.arrays().items()}, labels.to(device)
+    labels, arrays = torch.from_numpy(np.ascontiguousarray(part.labels)), part.arrays()
+    if MASK in arrays:
+        longest = int(np.flatnonzero(arrays[MASK].any(axis=0)).max(initial=0)) + 1
+        arrays = {name: values[:, :longest] for name, values in arrays.items()}
+    return {name: torch.from_numpy(np.ascontiguousarray(values)).to(device) for name, values in arrays.items()}, labels.to(device)
+
+
+def by_length(split: Split, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The positions with short texts first, so that batches need little padding; as they are where samples have no length."""
+    if MASK not in split.inputs:
+        return rows
+    return rows[np.argsort(np.asarray(split.inputs[MASK])[rows].sum(axis=1), kind="stable")]
 
 
 def load_batches(split: Split, rows: np.ndarray[Any, Any], size: int) -> list[Batch]:

@@ -9,6 +9,7 @@ from pymoo.algorithms.moo.nsga2 import NSGA2
 from pymoo.core.duplicate import DuplicateElimination
 from pymoo.core.evaluator import Evaluator
 from pymoo.core.mutation import Mutation
+from pymoo.core.population import Population
 from pymoo.core.problem import Problem
 from pymoo.operators.crossover.ux import UniformCrossover
 from pymoo.problems.static import StaticProblem
@@ -26,9 +27,9 @@ class Nsga2Run:
         top = np.array([len(choices) - 1 for choices in slots])
         self.problem = Problem(n_var=len(top), n_obj=objectives, n_ieq_constr=1, xl=np.zeros(len(top)), xu=top, vtype=int)
         self.seen: set[Candidate] = set()
-        self.size = spaces.size(space)
+        self.size, self.rng = spaces.size(space), np.random.default_rng(seed)
         self.algorithm = NSGA2(
-            pop_size=population, sampling=np.array([spaces.encode(space, p) for p in _start(space, population, first, seed, self.size)]),
+            pop_size=population, sampling=np.array([spaces.encode(space, p) for p in _start(space, population, first, self.rng, self.size)]),
             crossover=UniformCrossover(prob=CROSSOVER), mutation=_Reset(top), eliminate_duplicates=_Unseen(space, self.seen),
         )  # fmt: skip
         self.algorithm.setup(self.problem, termination=("n_gen", 10**6), seed=seed)
@@ -38,11 +39,17 @@ class Nsga2Run:
         if len(self.seen) == self.size:
             return ()
         self.asked = self.algorithm.ask()
-        if self.asked is None or len(self.asked) == 0:
-            return ()
+        if self.asked is None or len(self.asked) == 0:  # parents too alike to breed anything new
+            self.asked = Population.new(X=self._strangers())
         points = tuple(spaces.decode(self.space, tuple(int(i) for i in row)) for row in self.asked.get("X"))
         self.seen.update(points)
         return points
+
+    def _strangers(self) -> np.ndarray[Any, Any]:
+        """Genomes (n, genes) of random candidates that are new to the run, at most a population of them."""
+        drawn = (spaces.sample(self.space, self.rng) for _ in range(200 * self.algorithm.pop_size))
+        found = list(dict.fromkeys(point for point in drawn if point not in self.seen))[: self.algorithm.pop_size]
+        return np.array([spaces.encode(self.space, point) for point in found]).reshape(len(found), self.problem.n_var)
 
     def tell(self, points: tuple[Candidate, ...], objectives: Any, violations: Any) -> None:
         static = StaticProblem(self.problem, F=np.asarray(objectives, dtype=float), G=np.asarray(violations, dtype=float)[:, None])
@@ -50,9 +57,8 @@ class Nsga2Run:
         self.algorithm.tell(infills=self.asked)
 
 
-def _start(space: SearchSpace, population: int, first: tuple[Candidate, ...], seed: int, size: int) -> list[Candidate]:
+def _start(space: SearchSpace, population: int, first: tuple[Candidate, ...], rng: np.random.Generator, size: int) -> list[Candidate]:
     """The first generation: what was given, then random candidates."""
-    rng = np.random.default_rng(seed)
     start = dict.fromkeys(first)
     for _ in range(200 * population):
         if len(start) >= min(population, size):
@@ -62,7 +68,7 @@ def _start(space: SearchSpace, population: int, first: tuple[Candidate, ...], se
 
 
 class _Reset(Mutation):  # type: ignore[misc]
-    """Each gene takes another of its values with probability 1 / genes."""
+    """Each gene is drawn anew, its own value among the choices, with probability 1 / genes."""
 
     def __init__(self, top: np.ndarray[Any, Any]) -> None:
         super().__init__(prob=1.0)
