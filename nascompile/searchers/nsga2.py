@@ -28,8 +28,9 @@ class Nsga2Run:
         self.problem = Problem(n_var=len(top), n_obj=objectives, n_ieq_constr=1, xl=np.zeros(len(top)), xu=top, vtype=int)
         self.seen: set[Candidate] = set()
         self.size, self.rng = spaces.size(space), np.random.default_rng(seed)
+        start = _start(space, population, first, self.rng, self.size)
         self.algorithm = NSGA2(
-            pop_size=population, sampling=np.array([spaces.encode(space, p) for p in _start(space, population, first, self.rng, self.size)]),
+            pop_size=population, sampling=np.array([spaces.encode(space, point) for point in start]),
             crossover=UniformCrossover(prob=CROSSOVER), mutation=_Reset(top), eliminate_duplicates=_Unseen(space, self.seen),
         )  # fmt: skip
         self.algorithm.setup(self.problem, termination=("n_gen", 10**6), seed=seed)
