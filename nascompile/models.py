@@ -35,7 +35,7 @@ def read_config(folder: Path) -> Any:
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ModelError(f"damaged config.json in {folder}", detail=str(error)) from error
+        raise ModelError(f"damaged config.json in {folder}", detail=str(error), hint="download or save the model again") from error
     kind = content.get("model_type", "")
     family = family_of(kind)
     if kind == "nascompile-toy":

@@ -461,8 +461,8 @@ class Context:
 
 def build_candidate(out: Path, number: int, progress: Progress | None = None) -> Path:
     """Build candidate `number` (from 1, cheapest first) of a finished front into `engines/front-<number>`; its folder."""
+    recipe = load(out / "recipe.json", Recipe)  # before the lock, which would make the folder
     with _locked(out):
-        recipe = load(out / "recipe.json", Recipe)
         front = load(out / "front.json", Front)
         if not 1 <= number <= len(front.evaluations):
             raise RecipeError(f"no such candidate: {number}", hint=f"the front of {out} has 1 to {len(front.evaluations)}")

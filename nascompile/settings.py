@@ -117,9 +117,9 @@ class Recipe(Record, frozen=True):
     """Wall-clock limit shared out over the stages; 0: none."""
     profile_seconds: float = 20.0
     allow_foreign: bool = False
-    """Use a latency table taken in another environment; written into every result."""
+    """Use the table that `tables` names although it was taken in another environment."""
     tables: str = ""
-    """Folder of latency tables looked into first."""
+    """Folder of latency tables looked into first, or the one table to use."""
 
 
 def from_toml(path: Path, given: Mapping[str, Any] | None = None) -> Recipe:
@@ -134,7 +134,7 @@ def from_toml(path: Path, given: Mapping[str, Any] | None = None) -> Recipe:
     except OSError as error:
         raise RecipeError(f"cannot read the recipe: {path}", detail=str(error.strerror)) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"not a TOML file: {path}", detail=str(error)) from error
+        raise RecipeError(f"not a TOML file: {path}", detail=str(error), hint="strings are quoted, sections are [named]") from error
     return from_mapping(_merged(content, given or {}), str(path))
 
 
@@ -170,13 +170,13 @@ def toy_recipe() -> Recipe:
 
 def from_mapping(content: Mapping[str, Any], origin: str) -> Recipe:
     """A recipe from nested plain values, checked."""
-    faults = list(_unknown(Recipe, content, ""))
-    if faults:
-        raise RecipeError(f"unknown settings in {origin}: {len(faults)}", detail="\n".join(faults))
-    try:
-        return check(msgspec.convert(content, Recipe, strict=True))
-    except msgspec.ValidationError as error:
-        raise RecipeError(f"wrong value in {origin}", detail=str(error)) from error
+    unknown, mistyped = _unknown(Recipe, content, ""), _mistyped(content)
+    if unknown or mistyped:
+        raise RecipeError(
+            f"unknown settings in {origin}: {len(unknown)}" if unknown else f"wrong value in {origin}",
+            detail="\n".join((*unknown, *mistyped)), hint="`nascompile run --help` explains every setting",
+        )  # fmt: skip
+    return check(msgspec.convert(content, Recipe, strict=True))
 
 
 def check(recipe: Recipe) -> Recipe:
@@ -243,4 +243,17 @@ def _unknown(kind: Any, content: Mapping[str, Any], prefix: str) -> list[str]:
             faults.append(f"{prefix}{key}" + (f": did you mean {prefix}{near[0]}?" if near else f": known are {', '.join(fields)}"))
         elif isinstance(value, Mapping) and isinstance(fields[key], type) and issubclass(fields[key], Record):
             faults += _unknown(fields[key], value, f"{prefix}{key}.")
+    return faults
+
+
+def _mistyped(content: Mapping[str, Any]) -> list[str]:
+    """One line per value of the wrong type; each is tried alone, because a conversion stops at its first fault."""
+    faults = []
+    for name, value in content.items():
+        section = isinstance(value, Mapping) and value
+        for part in [{name: {key: entry}} for key, entry in value.items()] if section else [{name: value}]:
+            try:
+                msgspec.convert(part, Recipe, strict=True)
+            except msgspec.ValidationError as error:
+                faults.append(str(error))
     return faults
