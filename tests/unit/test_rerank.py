@@ -1,0 +1,239 @@
+"""Choosing by hand-made numbers: who wins, who ties, who is out and why, and when the test split is read."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from nascompile import rerank
+from nascompile.errors import BudgetError
+from nascompile.records import (
+    Budget,
+    Candidate,
+    EngineManifest,
+    Environment,
+    Evaluation,
+    Front,
+    Interval,
+    Measurement,
+    Node,
+    Operator,
+    OperatorGraph,
+    Quantity,
+    Score,
+    SearchSpace,
+    Target,
+    Workload,
+    digest,
+)
+
+TARGET = Target(device="d", backend="b", workload=Workload())
+SPACE = SearchSpace(family="f", model_digest="m", genes=(), precisions=(), targets=(TARGET.id,))
+DROP = Budget(metric="drop", bound=1.0)
+LATENCY = Budget(metric="latency_ms", bound=2.0)
+
+
+def score(value: float, stderr: float = 0.0, metric: str = "accuracy", per_sample: tuple[float, ...] = ()) -> Score:
+    direction = "minimize" if metric == "mse" else "maximize"
+    return Score(
+        metric=metric, direction=direction, value=value, n=100, stderr=stderr, split_digest="s", weights_digest="w", evaluator_digest="e",
+        per_sample=per_sample,
+    )  # fmt: skip
+
+
+def evaluation(number: int, value: float, ms: float, stderr: float = 0.0, metric: str = "accuracy") -> Evaluation:
+    return Evaluation(
+        candidate=Candidate(space="x", architecture=(("depth", number),), precision=()), score=score(value, stderr, metric),
+        latency=Interval(value=ms, low=ms, high=ms, unit="ms"), size_bytes=1, parameters=1, macs=1,
+    )  # fmt: skip
+
+
+def front(*evaluations: Evaluation, budgets=(DROP,)) -> Front:
+    return Front(
+        space=SPACE, target=TARGET, objectives=("error", "latency_ms"), budgets=budgets, evaluations=evaluations, searcher="s", seed=0,
+        scored=9, seconds=0.0,
+    )  # fmt: skip
+
+
+def numbers(chosen) -> list[int]:
+    return [e.candidate.value("depth") for e in chosen]
+
+
+# ---------------------------------------------------------------------------------------------- select
+
+
+def test_with_only_a_drop_the_fastest_are_built_and_those_over_it_never():
+    found = front(evaluation(1, 90.0, 5.0), evaluation(2, 89.0, 3.0), evaluation(3, 88.9, 1.0), evaluation(4, 89.5, 4.0))
+    assert numbers(rerank.select(found, score(90.0), 9, 0.0)) == [2, 4, 1]  # exactly at the bound is within
+    assert numbers(rerank.select(found, score(90.0), 2, 0.0)) == [2, 4]
+
+
+def test_with_a_cost_budget_the_most_accurate_are_built():
+    found = front(evaluation(1, 90.0, 1.9), evaluation(2, 89.5, 1.0), evaluation(3, 90.0, 1.5), budgets=(LATENCY, DROP))
+    assert numbers(rerank.select(found, score(90.0), 9, 0.0)) == [3, 1, 2]  # of the equally accurate the faster
+    assert numbers(rerank.select(front(*found.evaluations, budgets=(LATENCY,)), score(99.0), 9, 2.0)) == [3, 1, 2]  # no drop, no margin
+
+
+def test_who_has_standard_errors_to_spare_goes_first():
+    # drop 0.8 ± 0.5: within the bound, but not with one standard error to spare; 0.5 ± 0.5 just is
+    found = front(evaluation(1, 89.2, 1.0, stderr=0.5), evaluation(2, 89.5, 3.0, stderr=0.5), evaluation(3, 90.0, 4.0, stderr=0.5))
+    assert numbers(rerank.select(found, score(90.0), 9, 0.0)) == [1, 2, 3]
+    assert numbers(rerank.select(found, score(90.0), 9, 1.0)) == [2, 3, 1]
+    assert numbers(rerank.select(found, score(90.0), 9, 1.01)) == [3, 1, 2]
+
+
+def test_equal_candidates_are_ordered_by_their_id():
+    a, b = evaluation(1, 90.0, 1.0), evaluation(2, 90.0, 1.0)
+    by_id = sorted((a, b), key=lambda e: e.candidate.id)
+    for pair in ((a, b), (b, a)):
+        assert list(rerank.select(front(*pair), score(90.0), 2, 0.0)) == by_id
+
+
+def test_an_error_that_is_minimized_drops_when_it_rises():
+    found = front(evaluation(1, 0.5, 3.0, metric="mse"), evaluation(2, 2.5, 1.0, metric="mse"), evaluation(3, 1.4, 2.0, metric="mse"))
+    assert numbers(rerank.select(found, score(0.5, metric="mse"), 9, 0.0)) == [3, 1]
+
+
+# ---------------------------------------------------------------------------------------------- choose
+
+
+def engine(name, value, p50, p10=None, stderr=0.0, size_mb=1.0, macs_m=1.0, predicted=1.0, metric="accuracy"):
+    graph = OperatorGraph(nodes=(Node(name="n", operator=Operator(kind="k", dims=()), module="m", macs=int(macs_m * 1e6)),))
+    manifest = EngineManifest(
+        name=name, role="candidate", target=TARGET, files=(), graphs=("model.onnx",), inputs=(), outputs=("logits",), labels=(),
+        task="classification", graph=graph, size_bytes=int(size_mb * 1e6),
+        predicted=None if predicted is None else Interval(value=predicted, low=predicted, high=predicted, unit="ms"),
+    )  # fmt: skip
+    low = p50 if p10 is None else p10
+    latency = Quantity(value=low, unit="ms", kind="measured", n=9, quantiles=((0.1, low), (0.5, p50), (0.9, p50), (0.99, p50)))
+    measurement = Measurement(
+        engine=name, latency=latency, throughput=(), peak_memory_bytes=0, environment=Environment(must_match=()),
+        score=score(value, stderr, metric),
+    )  # fmt: skip
+    return manifest, measurement
+
+
+def choose(*engines, budgets=(DROP,), safety=0.0):
+    return rerank.choose({m.name: m for m, _ in engines}, [m for _, m in engines], budgets, safety)
+
+
+def test_the_fastest_within_the_drop_is_chosen_by_what_was_measured():
+    choice = choose(
+        engine("baseline", 90.0, 4.0),
+        engine("uniform-int8", 88.0, 1.0),
+        engine("candidate-1", 89.4, 2.0, p10=1.0),
+        engine("candidate-2", 89.6, 1.9, p10=1.5),
+    )
+    assert choice.engine == "candidate-2"  # by the median, whichever quantile is the estimate
+    assert choice.ranking == ("candidate-2", "candidate-1", "baseline")
+    assert choice.rejected == (("uniform-int8", "drop 2 > 1"),)
+    assert "drop 0.40" in choice.reason
+    assert "lowest measured latency" in choice.reason
+
+
+def test_with_a_cost_budget_the_most_accurate_is_chosen():
+    choice = choose(
+        engine("baseline", 90.0, 4.0, size_mb=9.0), engine("candidate-1", 89.4, 1.0), engine("candidate-2", 89.6, 2.0),
+        engine("candidate-3", 89.6, 1.9, size_mb=3.1, macs_m=8.0), budgets=(LATENCY, Budget(metric="size_mb", bound=3.0)),
+    )  # fmt: skip
+    assert choice.engine == "candidate-2"  # exactly at the latency bound
+    assert choice.ranking == ("candidate-2", "candidate-1")
+    assert dict(choice.rejected) == {"baseline": "latency_ms 4 > 2; size_mb 9 > 3", "candidate-3": "size_mb 3.1 > 3"}
+    assert "accuracy" in choice.reason
+    light = (Budget(metric="macs_m", bound=5.0),)
+    choice = choose(engine("baseline", 90.0, 4.0, macs_m=9.0), engine("candidate-1", 80.0, 1.0), budgets=light)
+    assert choice.rejected == (("baseline", "macs_m 9 > 5"),)
+
+
+def test_ties_go_to_speed_then_to_the_name():
+    budgets = (LATENCY,)
+    a, b, c = engine("a", 89.0, 1.0), engine("b", 89.0, 1.0), engine("c", 89.0, 0.9)
+    base = engine("baseline", 90.0, 4.0)
+    for order in ((a, b, c), (c, b, a), (b, a, c)):
+        assert choose(base, *order, budgets=budgets).ranking == ("c", "a", "b")
+
+
+def test_a_safe_engine_goes_before_a_faster_one_on_the_edge():
+    edge, safe = engine("edge", 89.2, 1.0, stderr=0.5), engine("safe", 89.8, 2.0, stderr=0.5)
+    base = engine("baseline", 90.0, 4.0, stderr=0.0)
+    assert choose(base, edge, safe, safety=0.0).engine == "edge"
+    assert choose(base, edge, safe, safety=1.0).ranking == ("safe", "baseline", "edge")
+    alone = choose(engine("baseline", 90.0, 4.0, stderr=2.0), edge, safety=3.0)  # nobody has so much to spare
+    assert alone.engine == "edge"
+    assert "not with 3 standard errors to spare" in alone.reason
+
+
+def test_if_no_engine_is_left_the_error_names_every_fault_and_the_nearest():
+    with pytest.raises(BudgetError) as caught:
+        choose(engine("baseline", 90.0, 4.0), engine("candidate-1", 88.0, 3.0), budgets=(LATENCY, DROP))
+    assert "latency_ms ≤ 2" in caught.value.message
+    assert caught.value.detail.splitlines() == ["baseline: latency_ms 4 > 2", "candidate-1: latency_ms 3 > 2; drop 2 > 1"]
+    assert "baseline" in caught.value.hint
+
+
+# ---------------------------------------------------------------------------------------------- correct
+
+
+def test_the_correction_is_the_median_ratio_of_what_was_predicted():
+    engines = [
+        engine("baseline", 90.0, 9.0, p10=8.0, predicted=10.0), engine("a", 90.0, 2.0, p10=2.2, predicted=2.0),
+        engine("b", 90.0, 1.0, p10=1.5, predicted=1.0), engine("custom", 90.0, 7.0, predicted=None),
+    ]  # fmt: skip
+    found = rerank.correct({m.name: m for m, _ in engines}, [m for _, m in engines], "table")
+    assert found.residuals == (("baseline", 10.0, 8.0), ("a", 2.0, 2.2), ("b", 1.0, 1.5))
+    assert found.factor == pytest.approx(1.1)  # of 0.8, 1.1, 1.5
+    assert found.spread == pytest.approx(max(1 - 0.8 / 1.1, 1.5 / 1.1 - 1))
+    assert found.table_digest == "table"
+
+
+# ---------------------------------------------------------------------------------------------- examine
+
+
+@pytest.mark.parametrize(
+    ("chosen", "read"),
+    [("candidate-1", ["baseline", "uniform-int8", "candidate-1"]), ("baseline", ["baseline", "uniform-int8"])],
+)
+def test_test_is_opened_once_for_the_chosen_engine_and_its_baselines(chosen, read, tmp_path, monkeypatch):
+    for name in ("baseline", "uniform-int8", "candidate-1", "candidate-2"):
+        (tmp_path / name).mkdir()
+    right = {"baseline": [1, 1, 1, 0] * 50, "uniform-int8": [1, 0, 1, 0] * 50, "candidate-1": [1, 1, 0, 0] * 50}
+    opened, scored = [], []
+
+    def open_test():
+        opened.append(len(scored))
+        return "the test split"
+
+    def score_engine(engine, split, task, metric, folder):
+        assert split == "the test split"
+        scored.append(engine.name)
+        samples = tuple(float(v) for v in right[engine.name])
+        return score(100 * float(np.mean(samples)), per_sample=samples)
+
+    monkeypatch.setattr(rerank, "Loaded", SimpleNamespace(open=lambda folder: folder))
+    monkeypatch.setattr(rerank, "score_engine", score_engine)
+    choice = rerank.Choice(engine=chosen, reason="", budgets=(), ranking=())
+    result = rerank.examine(choice, tmp_path, open_test, None, "accuracy", tmp_path, seed=0)
+    assert opened == [0]
+    assert scored == read == [name for name, _ in result.scores]
+    assert result.choice_digest == digest(choice)
+    differences = {d.reference: d for d in result.differences}
+    assert set(differences) == {name for name in read if name != chosen}
+    for name, d in differences.items():
+        mean = 100 * (np.mean(right[chosen]) - np.mean(right[name]))
+        assert d.engine == chosen
+        assert d.value == pytest.approx(mean)
+        # 200 pairs: the normal interval of their mean; a bootstrap of 10,000 resamples is within a fifth of it
+        half = 1.96 * 100 * np.std(np.subtract(right[chosen], right[name]), ddof=1) / np.sqrt(200)
+        assert (d.low, d.high) == (pytest.approx(mean - half, abs=0.2 * half + 1e-9), pytest.approx(mean + half, abs=0.2 * half + 1e-9))
+
+
+def test_an_engine_that_was_not_built_is_not_examined(tmp_path, monkeypatch):
+    (tmp_path / "baseline").mkdir()
+    monkeypatch.setattr(rerank, "Loaded", SimpleNamespace(open=lambda folder: folder))
+    monkeypatch.setattr(rerank, "score_engine", lambda engine, *rest: score(90.0, per_sample=(1.0, 0.0)))
+    choice = rerank.Choice(engine="baseline", reason="", budgets=(), ranking=())
+    result = rerank.examine(choice, tmp_path, lambda: None, None, "accuracy", tmp_path, seed=0)
+    assert [name for name, _ in result.scores] == ["baseline"]
+    assert result.differences == ()
