@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Opens engine folders with optimum's ORTModel classes, runs each engine's own sample and compares with the stored outputs.
+# optimum-onnx wants transformers 4, this project transformers 5: an environment of its own is made once, under .cache.
+set -euo pipefail
+[ $# -gt 0 ] || { echo "usage: tools/check_optimum.sh ENGINE_FOLDER..." >&2; exit 2; }
+checkout=$(cd "$(dirname "$0")/.." && pwd)
+venv=$checkout/.cache/optimum-venv
+# runtime and torch as this project is tested with: another runtime may round integers another way
+requirements="optimum-onnx==0.1.0 optimum~=2.1.0 transformers<4.58 $(grep -E '^(onnxruntime|torch)==' "$checkout/constraints.txt" | xargs)"
+
+mkdir -p "$(dirname "$venv")"
+exec 9>"$venv.lock"
+flock 9 # two checks at once make one environment
+if [ "$(cat "$venv/made-of" 2>/dev/null)" != "$requirements" ]; then
+  echo "making the environment $venv" >&2
+  "${PYTHON:-python3}" -m venv --clear "$venv"
+  # shellcheck disable=SC2086 # one requirement a word
+  "$venv/bin/pip" install -q $requirements >"$venv/install.log" 2>&1 || { cat "$venv/install.log" >&2; exit 1; }
+  echo "$requirements" >"$venv/made-of"
+fi
+flock -u 9
+
+HF_HUB_OFFLINE=1 "$venv/bin/python" - "$@" <<'PY'
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from optimum.onnxruntime import ORTModelForImageClassification, ORTModelForSequenceClassification
+
+CLASSES = {"pixel_values": ORTModelForImageClassification, "input_ids": ORTModelForSequenceClassification}
+
+
+def check(folder: Path) -> float:
+    """Largest absolute difference between optimum's logits for the sample and the stored ones."""
+    manifest = json.loads((folder / "manifest.json").read_text())["data"]
+    kinds = [CLASSES[name] for name, *_ in manifest["inputs"] if name in CLASSES]
+    if not kinds:
+        raise ValueError(f"optimum has no class for inputs {', '.join(name for name, *_ in manifest['inputs'])}")
+    model = kinds[0].from_pretrained(folder)
+    with np.load(folder / "sample.npz", allow_pickle=False) as stored:
+        inputs = {n.removeprefix("input."): stored[n] for n in stored.files if n.startswith("input.")}
+        expected = stored["output.logits"]
+    # a regression head has no names of its own, and transformers makes some up
+    labels = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
+    if manifest["labels"] and labels != tuple(manifest["labels"]):
+        raise ValueError(f"its labels are {labels}, the manifest's {tuple(manifest['labels'])}")
+    difference = float(np.abs(model(**inputs).logits - expected).max())
+    accepted = manifest.get("tolerance", 1e-2)
+    if not difference <= accepted:  # NaN fails too
+        raise ValueError(f"logits differ by {difference:.3g}, accepted is {accepted:.3g}")
+    return difference
+
+
+failed = 0
+for folder in map(Path, sys.argv[1:]):
+    try:
+        print(f"OK      {folder}: largest difference {check(folder):.2g}")
+    except Exception as error:  # whatever optimum raises is the finding
+        failed += 1
+        print(f"FAILED  {folder}: {type(error).__name__}: {error}")
+sys.exit(1 if failed else 0)
+PY
