@@ -57,7 +57,8 @@ def write_engines(name, folder):
         ranges = supernet.calibrate(net, space, point, target.id, [batch], "minmax")
         expected = {"logits": net.model(**batch[0]).logits.detach().numpy()} if role == "baseline" else None
         parts = engine.Parts(
-            name=role, role=role, target=target, task=config.problem_type or "classification", labels=LABELS if config.num_labels > 1 else (),
+            name=role, role=role, target=target, task=config.problem_type or "classification",
+            labels=LABELS if config.num_labels > 1 else (),
             form=lowering.lower(blueprint, family, config, space, point, target, weights, ranges, backend),
             config=config.to_dict(), inputs=family.inputs(config), sample=feed, expected=expected, tolerance=1e-4,
             candidate=point, space=space, graph=network.graph(family, config, space, point, target), versions=backend.versions(),
