@@ -371,7 +371,13 @@ import test_finetune as t
 from nascompile import finetune
 folder = pathlib.Path({folder!r})
 job = t.make_job(folder / "run", epochs=1)
+read, plain = [], finetune.load_batch
+def load_batch(split, rows, device="cpu"):
+    read.extend([len(rows)] if split is job.train else [])
+    return plain(split, rows, device)
+finetune.load_batch = load_batch
 log = finetune.train(job, t.Silent())
+assert read == [4] * 4, read  # half of each batch of 8
 save_file(t.weights(job.net), folder / (os.environ["RANK"] + ".safetensors"))
 """
 
