@@ -219,10 +219,10 @@ def _epoch(split: Split, size: int, seed: int, epoch: int) -> list[np.ndarray[An
     """The epoch's batches: a shuffle, texts of similar length put together within every few batches, the batches shuffled again."""
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(split))
+    order = order[: len(order) // size * size or len(order)]  # what is left over is left to chance, not to length
     order = np.concatenate([by_length(split, order[i : i + BUCKET * size]) for i in range(0, len(order), BUCKET * size)])
     batches = [order[i : i + size] for i in range(0, len(order), size)]
-    whole = [batch for batch in batches if len(batch) == size] or batches
-    return [whole[i] for i in rng.permutation(len(whole))]
+    return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def sort_by_importance(net: Supernet, space_of: Callable[[tuple[int, ...]], SearchSpace], train_split: Split, task: Any) -> SearchSpace:

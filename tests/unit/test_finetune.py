@@ -359,6 +359,33 @@ def test_teacher_logits_are_kept_for_the_same_weights_and_data_only(tmp_path):
     assert finetune.teacher_logits(net, split(16, 2), path, Silent()).shape == (16, 3)
 
 
+def test_an_epoch_reads_no_sample_twice_and_each_epoch_in_another_order(tmp_path, monkeypatch):
+    job, read, plain = make_job(tmp_path / "run", recipe="plain", epochs=2), [], finetune.load_batch
+
+    def load_batch(split, rows, device="cpu"):
+        read.extend([rows.tolist()] if split is job.train else [])
+        return plain(split, rows, device)
+
+    monkeypatch.setattr(finetune, "load_batch", load_batch)
+    finetune.train(job, Silent())
+    epochs = [[row for rows in part for row in rows] for part in (read[:4], read[4:])]
+    assert all(len(set(rows)) == 32 for rows in epochs)  # 36 samples: a batch of 4 is left out
+    assert epochs[0] != epochs[1]
+
+
+def test_no_text_is_left_out_for_its_length():
+    """36 texts in batches of 8: four are left out of each epoch, not the longest four of every one."""
+    lengths = np.arange(1, 37)
+    mask = (np.arange(40)[None] < lengths[:, None]).astype(np.uint8)
+    preprocessor = Preprocessor(Preprocessing(modality="text", inputs=("input_ids", "attention_mask")), {})
+    texts = replace(split(36, 1), inputs={"input_ids": mask.astype(np.int32), "attention_mask": mask}, preprocessor=preprocessor)
+    epochs = [np.concatenate(finetune._epoch(texts, 8, 0, epoch)) for epoch in range(40)]
+    assert all(len(set(rows.tolist())) == 32 for rows in epochs)
+    counts = np.bincount(np.concatenate(epochs), minlength=36)
+    # read in 40 · 32/36 = 35.6 epochs each; a binomial's deviation is 2, and five of them
+    assert abs(counts - 40 * 32 / 36).max() < 10
+
+
 # ---------------------------------------------------------------------------------------------- two processes
 
 WORKER = """
