@@ -47,17 +47,18 @@ from nascompile import finetune, places
 packaged = places._packaged
 places._packaged = lambda kind: () if kind == places.TABLES else packaged(kind)
 finetune.CHECKPOINT_SECONDS = float(os.environ["CHECKPOINTS"])
-left = int(os.environ["WRITES"])
+left, where = int(os.environ["WRITES"]), os.environ["WHERE"]
 
 def dying(call):
     # what makes a file or folder be there: dies instead of, or right after, one of these calls
     def run(*arguments, **options):
         global left
-        left -= 1
-        if left == 0 and os.environ["BEFORE"] == "1":
+        path = os.readlink(f"/proc/self/fd/{arguments[0]}") if isinstance(arguments[0], int) else str(arguments[-1])
+        left -= where in path
+        if left == 0 and where in path and os.environ["BEFORE"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
         call(*arguments, **options)
-        if left == 0:
+        if left == 0 and where in path:
             os.kill(os.getpid(), signal.SIGKILL)
     return run
 
@@ -65,14 +66,18 @@ os.replace, os.rename, os.fsync = dying(os.replace), dying(os.rename), dying(os.
 from nascompile.cli import main
 main()
 """
-"""`nascompile`, with frequent checkpoints, no tables of the checkout, and a wish to die at the WRITES-th write (0: none)."""
+"""`nascompile`, with frequent checkpoints, no tables of the checkout, and a wish to die at the WRITES-th write of WHERE (0: none)."""
 VOLATILE = ("seconds", "build_seconds", "table_digest")
 """Wall-clock times; and the digest of a table, which holds one."""
 
 
-def start(folder: Path, *arguments: str, checkpoints: float = 0.05, writes: int = 0, before: bool = True) -> subprocess.Popen[str]:
+Process = subprocess.Popen[str]
+
+
+def start(folder: Path, *arguments: str, checkpoints: float = 0.05, writes: int = 0, where: str = "", before: bool = True) -> Process:
     """The command in `folder`; its progress is to be read from stderr."""
-    environment = {**os.environ, "CHECKPOINTS": str(checkpoints), "WRITES": str(writes), "BEFORE": str(int(before))}
+    wish = {"CHECKPOINTS": str(checkpoints), "WRITES": str(writes), "WHERE": where, "BEFORE": str(int(before))}
+    environment = {**os.environ, **wish}
     command = [sys.executable, "-c", COMMAND, *arguments]
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
@@ -135,7 +140,7 @@ def check_whole(run: Path) -> None:
     scored = list(read_journal(run / "journal.jsonl", Evaluation))
     keys = {(e.candidate.id, e.score.weights_digest, e.score.evaluator_digest, e.score.split_digest) for e in scored}
     assert len(keys) == len(scored), "a candidate was scored twice"
-    for path in run.glob("*/model.safetensors"):
+    for path in run.glob("[!.]*/model.safetensors"):
         from safetensors.numpy import load_file
 
         assert load_file(path)
@@ -197,32 +202,40 @@ def drawn(seed: int, count: int, seconds: float) -> list[dict[str, Any]]:
     return found
 
 
+IN_TRAINING = {"after": 60.0, "writes": 70, "where": "checkpoint.json", "checkpoints": 0.0}
+"""The teacher takes 58 steps, so this is the twelfth of the super-network's."""
+IN_SEARCH = {"after": 60.0, "writes": 7, "where": "journal.jsonl"}
+IN_CHOICE = {"after": 60.0, "writes": 1, "where": "/choice.json", "before": False}
+
+
 def test_killed_a_few_times_it_ends_the_same(folder: Path, reference: tuple[Path, float]) -> None:
-    assert resume(folder, reference, drawn(1, 3, reference[1])) >= 1
-
-
-def test_leftovers_of_a_killed_run_are_not_used(folder: Path, reference: tuple[Path, float]) -> None:
-    """Killed in the middle of the training, with worse than what can be left lying about."""
-    assert killed(folder, "run", "recipe.toml", "--out", "run", after=60.0, writes=30)
-    run = folder / "run"
-    (run / "engines" / ".candidate-1.abc.part").mkdir(parents=True)
-    (run / "engines" / ".candidate-1.abc.part" / "manifest.json").write_text("{")
-    for name in (".supernet.part", ".teacher.part", ".data.abc.part", ".engine.abc.part"):
-        (run / name).mkdir(exist_ok=True)
-        (run / name / "model.safetensors").write_bytes(b"half of it")
-        (run / name / "data.json").write_text("{")
-    for name in ("front.json", "choice.json", "test.json", "stages/search.json"):
-        (run / name).parent.mkdir(exist_ok=True)
-        (run / name).with_name(f".{Path(name).name}.abc.part").write_text("{")
-    (run / "journal.jsonl").write_bytes(b'{"digest":"0123456789abcdef","record":"Evaluation","data":{"cand')
-    complete(folder, "run", "recipe.toml", "--out", "run")
+    """In training, in the search, at the choice; with worse lying about than what a killed process leaves."""
+    command, run = ("run", "recipe.toml", "--out", "run"), folder / "run"
+    for death in (IN_TRAINING, IN_SEARCH, IN_CHOICE):
+        assert killed(folder, *command, **death), death
+        check_whole(run)
+        litter(run)
+    complete(folder, *command)
+    check_whole(run)
     check_equal(run, reference[0] / "run")
     assert [p for p in run.rglob("*") if ".part" in p.name] == []
 
 
+def litter(run: Path) -> None:
+    """Half-written things of every kind."""
+    for name in (".supernet.part", ".teacher.part", ".data.abc.part", ".engine.abc.part", "engines/.candidate-1.abc.part"):
+        (run / name).mkdir(parents=True, exist_ok=True)
+        for file, content in (("model.safetensors", b"half of it"), ("data.json", b"{"), ("manifest.json", b"{")):
+            (run / name / file).write_bytes(content)
+    for name in ("front.json", "choice.json", "test.json", "stages/search.json"):
+        (run / name).with_name(f".{Path(name).name}.abc.part").write_text("{")
+    with (run / "journal.jsonl").open("ab") as stream:
+        stream.write(b'{"digest":"0123456789abcdef","record":"Evaluation","data":{"cand')
+
+
 def test_a_profile_that_was_killed_goes_on(reference: tuple[Path, float], tmp_path: Path) -> None:
     shutil.copy(reference[0] / "recipe.toml", tmp_path)
-    assert killed(tmp_path, "profile", "recipe.toml", "--out", "run", after=60.0, writes=30)
+    assert killed(tmp_path, "profile", "recipe.toml", "--out", "run", after=60.0, writes=12, where="profiling/rows-")
     (part,) = (tmp_path / "run" / "profiling").glob("rows-*.part")
     timed = list(read_journal(part, TableRow))
     assert len(timed) > 1
