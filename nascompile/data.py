@@ -56,16 +56,20 @@ class DataSettings(Record, frozen=True):
     validation: str = ""
     test: str = ""
     text_columns: tuple[str, ...] = ()
+    """Columns of the texts, two for pairs; none: recognized by name, like the next two."""
     image_column: str = ""
+    """Column of the images or their paths."""
     label_column: str = ""
     test_size: float = 0.2
     """Share of all samples, or their number if 1 or more, where no test data is given."""
     validation_size: float = 0.2
+    """As `test_size`, where no validation data is given."""
     calibration_size: int = 256
     """Taken out of train, but never more than a quarter of it."""
     max_length: int = 0
     """Tokens per text; 0: the 95th percentile of the training texts, rounded up to a multiple of 8."""
     seed: int = 0
+    """Of the splits that are drawn."""
 
 
 class SplitInfo(Record, frozen=True):

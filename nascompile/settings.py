@@ -23,6 +23,7 @@ class FinetuneSettings(Record, frozen=True):
     """Teacher and super-network training."""
 
     recipe: str = "instatune"
+    """Which sub-networks a step of the super-network trains, and on what."""
     teacher_epochs: int = 4
     """Plain fine-tuning before the super-network; not used where the model already has a matching head."""
     epochs: int = 4
@@ -30,6 +31,7 @@ class FinetuneSettings(Record, frozen=True):
     learning_rate: float = 0.0
     """Peak of AdamW; 0: 5e-5 · 768 / hidden size."""
     weight_decay: float = 0.01
+    """Of AdamW; biases and norms have none."""
     warmup: float = 0.1
     """Share of the steps."""
     patience: int = 3
@@ -54,12 +56,15 @@ class SearchSettings(Record, frozen=True):
     """What is searched, how long, and how a candidate is scored."""
 
     searcher: str = "nsga2"
+    """What proposes candidates."""
     objectives: tuple[str, ...] = ("error", "latency_ms")
     """Two or more of error, latency_ms, size_mb, macs_m; all minimized."""
     evaluations: int = 96
     """Candidates scored at most."""
     population: int = 16
+    """Candidates proposed at a time."""
     calibration_samples: int = 128
+    """Samples that a candidate's activation ranges are taken from."""
     validation_samples: int = 0
     """Samples a candidate is scored on (the first ones of a seeded shuffle); 0: all of validation."""
     calibration_methods: tuple[str, ...] = ("minmax", "percentile", "mse")
@@ -73,10 +78,11 @@ class MeasureSettings(Record, frozen=True):
     seconds: float = 10.0
     """Wall-clock window of each throughput figure."""
     batches: tuple[int, ...] = (1, 8, 32)
+    """Batch sizes whose throughput is measured."""
     agreement: int = 20
     """Random scored candidates whose emulated accuracy is compared with their built engine's; 0: none."""
     safety: float = 1.0
-    """Standard errors by which a candidate's measured drop must stay inside `max_drop`."""
+    """Standard errors of the drop: engines with as many to spare inside `max_drop` come before all others."""
 
 
 class Budgets(Record, frozen=True):
@@ -102,6 +108,7 @@ class Recipe(Record, frozen=True):
     """Train a new classification head although the model has one."""
     data: DataSettings = DataSettings()
     task: str = "classification"
+    """What the labels are."""
     metric: str = ""
     """Empty: the task's default."""
     device: str = "cpu"
@@ -113,9 +120,11 @@ class Recipe(Record, frozen=True):
     search: SearchSettings = SearchSettings()
     measure: MeasureSettings = MeasureSettings()
     seed: int = 0
+    """Of training, search, samples drawn and the order of timing; the splits have their own, `data.seed`."""
     minutes: float = 0.0
     """Wall-clock limit shared out over the stages; 0: none."""
     profile_seconds: float = 20.0
+    """Timing for a new latency table; building the graphs comes on top."""
     allow_foreign: bool = False
     """Use the table that `tables` names although it was taken in another environment."""
     tables: str = ""
