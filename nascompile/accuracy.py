@@ -11,6 +11,7 @@ import numpy as np
 
 from nascompile import space as spaces
 from nascompile.data import Split
+from nascompile.latency_table import lowering_digest
 from nascompile.quantization import ActivationRanges
 from nascompile.records import Candidate, Score, SearchSpace, digest, file_digest
 from nascompile.scoring import gain, score_of
@@ -34,7 +35,7 @@ class Evaluator:
         self.calibration = load_batches(calibration, _rows(calibration, calibration_samples, seed), BATCH)
         self.validation = load_batches(validation, self.rows, BATCH)
         self.digest = digest(
-            [p.name for p in space.precisions], calibration.digest, method, calibration_samples, validation_samples, seed, metric
+            space.precisions, lowering_digest(), calibration.digest, method, calibration_samples, validation_samples, seed, metric
         )
 
     @property

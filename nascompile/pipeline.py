@@ -41,6 +41,7 @@ from nascompile.families.encoder import quiet
 from nascompile.preprocess import Preprocessor
 from nascompile.progress import Progress, Silent
 from nascompile.records import (
+    Candidate,
     Choice,
     EngineManifest,
     Evaluation,
@@ -63,7 +64,7 @@ from nascompile.records import (
 from nascompile.search import Pricing, search
 from nascompile.settings import DEMO, TOY, Recipe
 from nascompile.space import largest, uniform
-from nascompile.supernet import Supernet
+from nascompile.supernet import Supernet, extract
 
 STAGES = ("data", "profile", "finetune", "search", "build", "measure", "rerank", "report")
 FIXED = ("model", "new_head", "data", "task", "metric", "device", "backend", "threads", "seed")
@@ -380,6 +381,8 @@ class Context:
             predicted = self.pricing(point)[1]
             if not self._built(folder, source, point):
                 build.build(self.parts, self.sources[source], point, name, role, predicted, folder)
+            if role == "candidate":
+                self._store_subnet(name, point)
             written.append(folder / "manifest.json")
             self.progress.step("engines built", number, len(jobs))
         wanted = {name for name, *_ in jobs}
@@ -387,6 +390,16 @@ class Context:
             if folder.name.startswith("candidate-") and folder.name not in wanted:
                 _discard(self.out / "engines", (folder.name,))
         return written
+
+    def _store_subnet(self, name: str, point: Any) -> None:
+        """The candidate's float weights as a Hugging Face folder of its own, beside the engines."""
+        folder, source = self.out / "subnets" / name, self.sources["supernet"]
+        if (folder / "candidate.json").is_file() and load(folder / "candidate.json", Candidate) == point:
+            return
+        _discard(folder.parent, (name,))
+        small = extract(source.net.model, self.family, self.config, self.space, point)
+        folder.parent.mkdir(exist_ok=True)
+        finetune.store_model(Supernet(self.family, small), folder, {"candidate.json": point})
 
     def _built(self, folder: Path, source: str, point: Any) -> bool:
         if not (folder / "manifest.json").is_file():

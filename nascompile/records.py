@@ -244,7 +244,7 @@ class Candidate(Record, frozen=True):
 
 
 class Budget(Record, frozen=True):
-    """A bound on a cost. Metrics: latency_ms, size_mb, macs_m, ram_kb, flash_kb, drop (points of the metric)."""
+    """A bound on a cost. Metrics: latency_ms, size_mb, macs_m, drop (points of the metric, against the baseline)."""
 
     metric: str
     bound: float

@@ -197,7 +197,7 @@ def emulate(
 
 
 def importance(net: Supernet, batches: Iterable[Batch], loss: Any) -> dict[str, np.ndarray[Any, Any]]:
-    """Group gene ▸ score per unit: |Σ weight · gradient| of the unit, mean over batches (first-order Taylor, Molchanov et al. 2019)."""
+    """Group gene ▸ score per unit: |Σ weight · gradient| of the unit, summed over batches (first-order Taylor, Molchanov et al. 2019)."""
     family, full = net.family, net.largest()
     parameters = dict(net.model.named_parameters())
     scores = {group.gene: np.zeros(group.count) for group in family.groups(net.config)}

@@ -161,7 +161,8 @@ def main() -> None:
         print(f"\n{task['name']}")
         for role in ("baseline", "uniform_int8", "chosen"):
             row = task[role]
-            print(f"  {role:13} {row['accuracy']:.2f} %  {row['p50_ms']:.3f} ms  {row['throughput']:.0f}/s  {row['size_bytes'] / 1e6:.1f} MB")
+            size = row["size_bytes"] / 1e6
+            print(f"  {role:13} {row['accuracy']:.2f} %  {row['p50_ms']:.3f} ms  {row['throughput']:.0f}/s  {size:.1f} MB")
         for name, value in {**task["checks"], "baseline forms": task["baseline_forms_p50_ms"], "agreement": task["agreement"]}.items():
             print(f"  {name}: {value}")
 
