@@ -176,8 +176,7 @@ def train(job: Job, progress: Progress) -> TrainingLog:
     steps_per_epoch = max(1, len(job.train) // job.settings.batch_size)
     total = steps_per_epoch * job.epochs
     optimizer = _optimizer(net, job.settings)
-    rate = job.settings.learning_rate or 5e-5 * 768 / _hidden_size(net.config)
-    schedule = _Schedule(rate, total, job.settings.warmup)
+    schedule = _Schedule(peak_rate(job), total, job.settings.warmup)
     state = _State.resume(job.folder, net, optimizer)
     if state is None:
         state = _State()
@@ -215,6 +214,12 @@ def train(job: Job, progress: Progress) -> TrainingLog:
     )  # fmt: skip
 
 
+def peak_rate(job: Job) -> float:
+    """Highest learning rate of a training: for a super-network half of a teacher's unless the settings say otherwise."""
+    rate = job.settings.learning_rate or 5e-5 * 768 / _hidden_size(job.net.config)
+    return (job.settings.supernet_learning_rate or rate / 2) if job.recipe.distils else rate
+
+
 def _epoch(split: Split, size: int, seed: int, epoch: int) -> list[np.ndarray[Any, Any]]:
     """The epoch's batches: a shuffle, texts of similar length put together within every few batches, the batches shuffled again."""
     rng = np.random.default_rng([seed, epoch])
@@ -232,7 +237,9 @@ def sort_by_importance(net: Supernet, space_of: Callable[[tuple[int, ...]], Sear
     plain = space_of(())
     depth = next(gene for gene in plain.genes if gene.name == "depth")
     few = load_batches(train_split, by_length(train_split, np.arange(min(len(train_split), ORDER_SAMPLES))), EVALUATION_BATCH)
-    return space_of(layer_order(net, few, task.loss, int(depth.choices[0])))
+    with torch.no_grad():  # against its own outputs: on samples it was trained on, labels say little about what a layer does
+        own = [(inputs, net(inputs, net.largest())) for inputs, _ in few]
+    return space_of(layer_order(net, own, lambda logits, whole: task.distillation(logits, whole, 1.0), int(depth.choices[0])))
 
 
 def teacher_logits(net: Supernet, split: Split, path: Path, progress: Progress) -> np.ndarray[Any, Any]:

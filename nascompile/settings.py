@@ -30,6 +30,8 @@ class FinetuneSettings(Record, frozen=True):
     batch_size: int = 32
     learning_rate: float = 0.0
     """Peak of AdamW; 0: 5e-5 · 768 / hidden size."""
+    supernet_learning_rate: float = 0.0
+    """Peak for the super-network, which starts from fine-tuned weights; 0: half of the above."""
     weight_decay: float = 0.01
     """Of AdamW; biases and norms have none."""
     warmup: float = 0.1
@@ -201,6 +203,7 @@ def check(recipe: Recipe) -> Recipe:
         ("finetune.teacher_epochs", f.teacher_epochs, f.teacher_epochs >= 1, "at least 1"),
         ("finetune.batch_size", f.batch_size, f.batch_size >= 1, "at least 1"),
         ("finetune.learning_rate", f.learning_rate, 0 <= f.learning_rate < 1, "0 (automatic) or a rate below 1"),
+        ("finetune.supernet_learning_rate", f.supernet_learning_rate, 0 <= f.supernet_learning_rate < 1, "0 (automatic) or a rate below 1"),
         ("finetune.ce_weight", f.ce_weight, 0 <= f.ce_weight <= 1, "between 0 and 1"),
         ("finetune.strong_teacher", f.strong_teacher, 0 <= f.strong_teacher <= 1, "between 0 and 1"),
         ("finetune.temperature", f.temperature, f.temperature > 0, "more than 0"),

@@ -19,7 +19,7 @@ from nascompile.records import Operator, Precision, Workload
 
 DEPTH_FRACTION = 0.5
 HEAD_FRACTIONS = (0.5, 2 / 3, 5 / 6, 1.0)
-WIDTH_FRACTIONS = (0.25, 0.5, 0.75, 1.0)
+WIDTH_FRACTIONS = (1 / 3, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
