@@ -35,7 +35,8 @@ class Evaluator:
         self.calibration = load_batches(calibration, _rows(calibration, calibration_samples, seed), BATCH)
         self.validation = load_batches(validation, self.rows, BATCH)
         self.digest = digest(
-            space.precisions, lowering_digest(), calibration.digest, method, calibration_samples, validation_samples, seed, metric
+            space.precisions, lowering_digest(), calibration.digest, method, calibration_samples, validation_samples, seed, metric,
+            getattr(task, "signature", ""),
         )
 
     @property

@@ -626,7 +626,7 @@ def _choice_for_test(folder: Path) -> str:
     if not path.exists():
         raise DataError(
             f"test data read too early: {path} has not been written",
-            hint="decide on validation; test is read once, after the choice (`nascompile measure` writes it)",
+            hint="decide on validation; test is read once, after the choice (`nascompile rerank` writes it)",
         )
     try:
         choice = records.digest(records.load(path, Choice))

@@ -24,6 +24,7 @@ from nascompile import (
     finetune,
     journal,
     latency_table,
+    lowering,
     measure,
     models,
     network,
@@ -143,7 +144,7 @@ class Context:
                 self.target, self.family.name, self.config.to_json_string(use_diff=False), r.profile_seconds, self.environment,
                 r.tables, r.allow_foreign,
             ),
-            "finetune": lambda: (after["data"], r.finetune, r.seed, self.metric, self.target),
+            "finetune": lambda: self._training_inputs(),
             "search": lambda: (after["finetune"], after["profile"], r.search, r.budgets, r.seed),
             "build": lambda: (after["search"], r.measure.top_k, r.measure.safety),
             "measure": lambda: (after["build"], r.measure, r.seed),
@@ -151,6 +152,11 @@ class Context:
             "report": lambda: (after, r),
         }
         return read[stage]()
+
+    def _training_inputs(self) -> tuple[Any, ...]:
+        """What trained weights depend on; if it changes they are trained again from the start."""
+        r = self.recipe
+        return self.done["data"].files, models.weights_digest(self.model_folder), r.finetune, r.seed, self.metric, self.target
 
     # ------------------------------------------------------------------------------------------ what stages share
 
@@ -262,13 +268,14 @@ class Context:
 
     @cached_property
     def pricing(self) -> Pricing:
-        return Pricing(self.family, self.config, self.space, self.target, self.table)
+        structure = lowering.export(self.family, self.config, self.out / "blueprints").stat().st_size
+        return Pricing(self.family, self.config, self.space, self.target, self.table, structure)
 
     @cached_property
     def parts(self) -> build.Parts:
         return build.Parts(
             space=self.space, target=self.target, backend=self.backend, blueprints=self.out / "blueprints",
-            preprocessor=Preprocessor.from_folder(self.out / "data" / "preprocessor"), hf_config=self.config.to_dict(),
+            preprocessor=Preprocessor.from_folder(self.out / "data" / "preprocessor"), hf_config=_shareable(self.config),
             labels=self.manifest.label_names, task=self.recipe.task, sample=self.split("calibration", "reference sample"),
             table_digest=digest(self.table),
         )  # fmt: skip
@@ -336,7 +343,7 @@ class Context:
     def _finetune(self) -> list[Path]:
         train, validation = self.split("train", "fine-tuning"), self.split("validation", "early stopping")
         key = self.out / "training" / "inputs.json"
-        wanted = encode(digest(self.done["data"].files, self.recipe.finetune, self.recipe.seed, self.metric, self.target))
+        wanted = encode(digest(*self._training_inputs()))
         if key.is_file() and key.read_bytes() != wanted:
             _discard(self.out, ("teacher", "supernet", "control", "training"))
         write_atomic(key, wanted)
@@ -513,6 +520,11 @@ def plan(recipe: Recipe, out: Path) -> list[dict[str, Any]]:
         {"stage": stage, "what": what[stage], "done": stage in finished, "minutes": minutes.get(stage), "disk_mb": disk.get(stage)}
         for stage in STAGES
     ]
+
+
+def _shareable(config: Any) -> dict[str, Any]:
+    """The configuration as an engine carries it: without the local path it came from, and float32 whatever the checkpoint was."""
+    return {key: value for key, value in config.to_dict().items() if key != "_name_or_path"} | {"dtype": "float32"}
 
 
 def _weights_megabytes(recipe: Recipe) -> float | None:

@@ -34,12 +34,14 @@ class Pricing:
     space: SearchSpace
     target: Target
     table: LatencyTable
+    structure_bytes: int = 0
+    """What a graph file holds besides weights, about."""
 
     def __call__(self, point: Candidate) -> tuple[dict[str, float], Any, int, int, int]:
         """({metric: value}, latency interval, size in bytes, parameters, MACs)."""
         graph = network.graph(self.family, self.config, self.space, point, self.target)
         latency = latency_table.predict(self.table, graph)
-        size = sum(node.size_bytes for node in graph.nodes)
+        size = self.structure_bytes + sum(node.size_bytes for node in graph.nodes)
         parameters, macs = sum(node.parameters for node in graph.nodes), sum(node.macs for node in graph.nodes)
         return {"latency_ms": latency.value, "size_mb": size / 1e6, "macs_m": macs / 1e6}, latency, size, parameters, macs
 

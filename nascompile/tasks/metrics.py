@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nascompile.errors import DataError, RecipeError
+from nascompile.records import digest
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -120,6 +121,10 @@ class CustomMetric:
         self.task, self.function, self.custom, self.custom_direction, self.seed = task, function, name, direction, seed
         self.name = task.name
         self.metrics = (name, *task.metrics)
+        code = getattr(function, "__code__", None)
+        plain = [value for value in code.co_consts if not hasattr(value, "co_code")] if code else []
+        self.signature = digest(getattr(function, "__qualname__", ""), code.co_code.hex() if code else "", repr(plain))
+        """Changes with the function's code, so that scores of another function are not taken for this one's."""
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(self.task, attribute)
