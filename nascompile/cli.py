@@ -124,7 +124,7 @@ FLAGS = {
     "Budgets (one at least)": (
         Flag("--max-drop", "budgets.max_drop", float, "Points of the metric an engine may lose against the baseline.", "POINTS"),
         Flag("--latency-ms", "budgets.latency_ms", float, "Milliseconds per call.", "MS"),
-        Flag("--size-mb", "budgets.size_mb", float, "Megabytes of weights.", "MB"),
+        Flag("--size-mb", "budgets.size_mb", float, "Megabytes of the graph file.", "MB"),
         Flag("--macs-m", "budgets.macs_m", float, "Millions of multiply-accumulates per call.", "M"),
     ),
     "Training": (
