@@ -83,7 +83,7 @@ class MeasureSettings(Record, frozen=True):
     """Batch sizes whose throughput is measured."""
     agreement: int = 20
     """Random scored candidates whose emulated accuracy is compared with their built engine's; 0: none."""
-    safety: float = 1.0
+    safety: float = 0.5
     """Standard errors of the drop: engines with as many to spare inside `max_drop` come before all others."""
 
 
