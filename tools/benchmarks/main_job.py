@@ -51,7 +51,7 @@ def recipe_of(task: str, cache: Path) -> Recipe:
         return check(
             Recipe(
                 model=demo.model, budgets=demo.budgets, measure=MEASURE, profile_seconds=demo.profile_seconds,
-                finetune=msgspec.structs.replace(demo.finetune, control=True), search=SearchSettings(evaluations=80),
+                finetune=msgspec.structs.replace(demo.finetune, control=True), search=demo.search,
             )
         )  # fmt: skip
     return check(
