@@ -160,8 +160,8 @@ def demo_recipe() -> Recipe:
         model=DEMO,
         budgets=Budgets(max_drop=1.0),
         finetune=FinetuneSettings(epochs=2, batch_size=64, supernet_learning_rate=5e-5),
-        search=SearchSettings(evaluations=56, validation_samples=1000),
-        measure=MeasureSettings(top_k=3, seconds=3.0, batches=(1, 8)),
+        search=SearchSettings(evaluations=44, validation_samples=1000),
+        measure=MeasureSettings(top_k=3, seconds=2.0, batches=(1, 8)),
         profile_seconds=20.0,
     )
 

@@ -5,6 +5,7 @@ A family names its parameters in a `Layout`; everything else here follows from i
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,30 +62,36 @@ class Dims:
         return self.hidden // self.heads
 
 
-class EncoderFamily:
+class EncoderFamily(ABC):
     """The part of the Family protocol that encoders share."""
 
     name = ""
     scheme_of_tables = "weight-int8"
     masked = False
 
+    @abstractmethod
     def layout(self, config: Any) -> Layout:
-        raise NotImplementedError
+        """Where the model keeps its parts."""
 
+    @abstractmethod
     def dims(self, config: Any) -> Dims:
-        raise NotImplementedError
+        """Its sizes."""
 
+    @abstractmethod
     def create(self, config: Any) -> nn.Module:
-        raise NotImplementedError
+        """A new model of the largest network, random weights, in evaluation mode."""
 
+    @abstractmethod
     def embedding_operator(self, config: Any, workload: Workload, precision: Precision) -> Operator:
-        raise NotImplementedError
+        """What the embedding block executes."""
 
+    @abstractmethod
     def embed(self, model: Any, inputs: Mapping[str, torch.Tensor], linear: Linear) -> torch.Tensor:
-        raise NotImplementedError
+        """(batch, sequence, hidden) before the first layer."""
 
+    @abstractmethod
     def classify(self, model: Any, hidden: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """Logits (batch, labels) after the last layer."""
 
     # ------------------------------------------------------------------------------------------ description
 
