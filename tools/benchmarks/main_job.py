@@ -27,7 +27,7 @@ import numpy as np
 from nascompile import pipeline, report
 from nascompile.devices import Job
 from nascompile.progress import Lines, Silent
-from nascompile.records import EngineManifest, Measurement, Target, load
+from nascompile.records import EngineManifest, Measurement, load
 from nascompile.settings import (
     Budgets,
     DataSettings,
@@ -80,10 +80,10 @@ def baseline_forms(run: Path) -> dict[str, float]:
     import torch
 
     context = pipeline.Context(load(run / "recipe.json", Recipe), run, Silent(), pipeline.Given())
-    manifest = load(run / "engines" / "baseline" / "manifest.json", EngineManifest)
     model, family = context.sources["baseline"].net.model, context.family
     part = context.split("calibration", "inputs for timing").take(np.arange(1)).arrays()
-    folders = {"engine": run / "engines" / "baseline"}
+    folder = run / "engines" / "baseline"
+    manifest = load(folder / "manifest.json", EngineManifest)
     with tempfile.TemporaryDirectory() as scratch:
         plain = Path(scratch) / "plain"
         plain.mkdir()
@@ -92,12 +92,12 @@ def baseline_forms(run: Path) -> dict[str, float]:
             model, tuple(torch.from_numpy(part[name]) for name in names), str(plain / "model.onnx"), input_names=names,
             output_names=["logits"], dynamic_axes={name: {0: "batch"} for name in names}, opset_version=17, dynamo=False,
         )  # fmt: skip
-        folders["plain export"] = plain
-        bare = Target(device="cpu", backend="onnxruntime", workload=manifest.target.workload, threads=manifest.target.threads)
-        runners = {"engine": context.backend.load(folders["engine"], manifest.graphs, manifest.target)}
-        runners["engine, default session"] = _Plain(onnxruntime, folders["engine"] / "model.onnx", bare.threads)
-        runners["plain export, default session"] = _Plain(onnxruntime, plain / "model.onnx", bare.threads)
-        runners["plain export, engine's session"] = context.backend.load(plain, ("model.onnx",), manifest.target)
+        runners = {
+            "engine": context.backend.load(folder, manifest.graphs, manifest.target),
+            "engine, default session": _Plain(onnxruntime, folder / "model.onnx", manifest.target.threads),
+            "plain export, default session": _Plain(onnxruntime, plain / "model.onnx", manifest.target.threads),
+            "plain export, engine's session": context.backend.load(plain, ("model.onnx",), manifest.target),
+        }
         jobs = [Job(name, runner, part) for name, runner in runners.items()]
         found = context.device.time(jobs, seconds=3.0 * len(jobs), seed=0)
     return {job.name: q.quantile(0.5) for job, q in zip(jobs, found, strict=True)}
