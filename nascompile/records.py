@@ -62,6 +62,16 @@ INT8 = Precision(
 """Static INT8: signed weights with a scale per output channel, unsigned activations with one scale and zero point per tensor."""
 WEIGHT_INT8 = Precision(name="weight-int8", weights=_S8_CHANNEL)
 """Weights stored as INT8 with a scale per row and used as FP32: look-up tables."""
+_F16 = TensorFormat(bits=16)
+FLOAT16 = Precision(name="fp16", weights=_F16, activations=_F16, kv_cache=_F16)
+"""Half precision: weights and activations; sums are float32 where the runtime has them so."""
+INT8_SYMMETRIC = Precision(
+    name="int8-symmetric",
+    weights=_S8_CHANNEL,
+    activations=TensorFormat(kind="int", bits=8),
+    accumulation=TensorFormat(kind="int", bits=32),
+)
+"""Static INT8 without zero points: signed weights with a scale per output channel, signed activations with one scale per tensor."""
 
 
 # ---------------------------------------------------------------------------------------------- targets and numbers
@@ -359,6 +369,10 @@ class EngineManifest(Record, frozen=True):
     size_bytes: int = 0
     parameters: int = 0
     build_seconds: float = 0.0
+    executed: bool = True
+    """False: built, not run. It was built where its device is not, so its sample holds what the emulated network computes."""
+    remarks: tuple[str, ...] = ()
+    """What a reader must know about how it was built, a sentence each."""
 
 
 class Measurement(Record, frozen=True):

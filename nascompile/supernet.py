@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from nascompile import network, plugins, space as spaces
 from nascompile.data import Split
 from nascompile.families import Family, Linear
-from nascompile.quantization import ActivationRanges
+from nascompile.quantization import ActivationRanges, Scheme, limits
 from nascompile.records import Candidate, SearchSpace
 
 Batch = tuple[Mapping[str, torch.Tensor], torch.Tensor]
@@ -97,10 +97,10 @@ def load_batches(split: Split, rows: np.ndarray[Any, Any], size: int) -> list[Ba
 
 
 class Observer:
-    """A `Linear` that computes in float and remembers the inputs of the given products."""
+    """A `Linear` that computes in float and remembers the inputs of the given products (weight ▸ name of their precision)."""
 
-    def __init__(self, sites: Iterable[str]) -> None:
-        self.sites = frozenset(sites)
+    def __init__(self, sites: Mapping[str, str]) -> None:
+        self.sites = {name: _scheme(precision) for name, precision in sites.items()}
         self.low: dict[str, float] = {}
         self.high: dict[str, float] = {}
         self.samples: dict[str, list[torch.Tensor]] = {}
@@ -119,20 +119,25 @@ class Observer:
         found = []
         for name in sorted(self.low):
             values = torch.cat(self.samples[name])[:SAMPLES_PER_SITE].numpy()
-            found.append((name, *_clip(method, values, self.low[name], self.high[name])))
+            found.append((name, *_clip(method, values, self.low[name], self.high[name], self.sites[name])))
         return ActivationRanges(method=method, sites=tuple(found))
 
 
-def _clip(method: str, values: np.ndarray[Any, Any], low: float, high: float) -> tuple[float, float]:
+def _scheme(precision: str) -> Scheme:
+    found: Scheme = plugins.get("quantization", precision.replace("-", "_"))
+    return found
+
+
+def _clip(method: str, values: np.ndarray[Any, Any], low: float, high: float, scheme: Scheme) -> tuple[float, float]:
     if method == "minmax":
         return low, high
     if method == "percentile":
         return min(0.0, float(np.quantile(values, 1e-4))), max(0.0, float(np.quantile(values, 1 - 1e-4)))
-    scheme = plugins.get("quantization", "int8")
+    bottom, top = limits(scheme.precision.activations)
     best, least = (low, high), np.inf
     for share in np.linspace(1.0, 0.3, 29):
         scale, zero = scheme.activation_parameters(low * share, high * share)
-        steps = np.clip(np.rint(values / scale) + zero, 0, 255) - zero
+        steps = np.clip(np.rint(values / scale) + zero, bottom, top) - zero
         error = float(np.square(steps * scale - values).mean())
         if error < least:
             best, least = (low * float(share), high * float(share)), error
@@ -143,7 +148,7 @@ class FakeQuantizer:
     """A `Linear` with the arithmetic of the built engine: inputs on their calibrated grid, weights on theirs, float sums."""
 
     def __init__(self, schemes: Mapping[str, str], ranges: ActivationRanges | None) -> None:
-        self.schemes = {name: plugins.get("quantization", scheme.replace("-", "_")) for name, scheme in schemes.items()}
+        self.schemes = {name: _scheme(scheme) for name, scheme in schemes.items()}
         self.ranges = {name: (low, high) for name, low, high in ranges.sites} if ranges else {}
         self._weights: dict[str, torch.Tensor] = {}
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -160,19 +165,17 @@ class FakeQuantizer:
 
     def _activation(self, name: str, x: torch.Tensor) -> torch.Tensor:
         if self._last is None or self._last[0] is not x:  # query, key and value read one tensor
-            scale, zero = self.schemes[name].activation_parameters(*self.ranges[name])
-            self._last = (x, torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255))
+            scheme = self.schemes[name]
+            scale, zero = scheme.activation_parameters(*self.ranges[name])
+            self._last = (x, torch.fake_quantize_per_tensor_affine(x, scale, zero, *limits(scheme.precision.activations)))
         return self._last[1]
 
 
 @torch.no_grad()
 def calibrate(net: Supernet, space: SearchSpace, point: Candidate, target: str, batches: Iterable[Batch], method: str) -> ActivationRanges:
     """Input ranges of the candidate's quantized products over calibration batches, from its float sub-network."""
-    observer = Observer(
-        name
-        for name, scheme in network.quantized_weights(net.family, net.config, space, point, target).items()
-        if space.precision(scheme).activations.kind == "int"
-    )
+    quantized = network.quantized_weights(net.family, net.config, space, point, target)
+    observer = Observer({name: scheme for name, scheme in quantized.items() if space.precision(scheme).activations.kind == "int"})
     subnet = net.subnet(space, point)
     net.eval()
     if observer.sites:

@@ -1,6 +1,8 @@
-"""Linears of quantized blocks in QDQ form: inputs through a calibrated uint8 grid, weights int8 with a scale per output channel."""
+"""Linears of quantized blocks in QDQ form: inputs through a calibrated 8-bit grid, weights int8 with a scale per output channel."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import onnx
@@ -34,20 +36,20 @@ class QuantizeLinear:
             grid = scheme.activation_parameters(*context.ranges[weight])
             key = (node.input[0], *grid)
             if key not in grids:
-                grids[key] = _quantized_input(graph, node.input[0], grid, sum(k[0] == node.input[0] for k in grids))
+                zero_point = (np.int8 if scheme.precision.activations.signed else np.uint8)(grid[1])
+                grids[key] = _quantized_input(graph, node.input[0], grid[0], zero_point, sum(k[0] == node.input[0] for k in grids))
             node.input[1] = _quantized_weight(graph, node.input[1], scheme)
             node.input[0] = grids[key]
             graph.index()
         return graph.finish()
 
 
-def _quantized_input(graph: Graph, tensor: str, grid: tuple[float, int], number: int) -> str:
-    """The tensor after a round trip through a grid; `number`: how many other grids the tensor has already."""
-    scale, zero_point = grid
+def _quantized_input(graph: Graph, tensor: str, scale: float, zero_point: np.integer[Any], number: int) -> str:
+    """The tensor after a round trip through the zero point's grid; `number`: how many other grids the tensor has already."""
     base = tensor.removesuffix("_output_0") + (f".{number}" if number else "")
     parameters = [
         graph.add_constant(base + SCALE, np.float32(scale)),
-        graph.add_constant(base + ZERO_POINT, np.uint8(zero_point)),
+        graph.add_constant(base + ZERO_POINT, zero_point),
     ]
     integers, result = f"{base}/QuantizeLinear_output_0", f"{base}/DequantizeLinear_output_0"
     graph.nodes.append(graph.node("QuantizeLinear", f"{base}/QuantizeLinear", [tensor, *parameters], [integers]))

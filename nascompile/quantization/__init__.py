@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from nascompile.records import Precision, Record
+from nascompile.records import Precision, Record, TensorFormat
 
 
 class ActivationRanges(Record, frozen=True):
@@ -15,6 +15,12 @@ class ActivationRanges(Record, frozen=True):
     """`minmax`, `percentile` or `mse`."""
     sites: tuple[tuple[str, float, float], ...]
     """(weight parameter, low, high), sorted by parameter; low ≤ 0 ≤ high."""
+
+
+def limits(integers: TensorFormat) -> tuple[int, int]:
+    """Smallest and largest integer of a format."""
+    half: int = 2 ** (integers.bits - 1)
+    return (-half, half - 1) if integers.signed else (0, 2 * half - 1)
 
 
 class Scheme(Protocol):

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from nascompile import plugins
-from nascompile.records import Precision
+from nascompile.quantization import limits
+from nascompile.records import Precision, TensorFormat
 
 SCHEMES = plugins.names("quantization")
 ACTIVE = [name for name in SCHEMES if plugins.get("quantization", name).precision.activations.kind == "int"]
@@ -65,22 +66,30 @@ def test_a_range_is_covered_with_zero_exact(name, low, high, share):
     scheme = plugins.get("quantization", name)
     low, high = min(low, high), max(low, high)
     scale, zero = scheme.activation_parameters(low, high)
-    top = 2**scheme.precision.activations.bits - 1
+    bottom, top = limits(scheme.precision.activations)
     assert scale > 0
     assert isinstance(zero, int)
-    assert 0 <= zero <= top
+    assert bottom <= zero <= top
     value = (min(low, 0.0) * (1 - share)) + max(high, 0.0) * share
-    stored = np.clip(np.round(value / scale) + zero, 0, top)
+    stored = np.clip(np.round(value / scale) + zero, bottom, top)
     # half a step, and up to half another at the ends, where the zero point was rounded; 1e-4 steps for the float32 scale
     assert abs((stored - zero) * scale - value) <= (1.0 + 1e-4) * scale
-    width = max(high, 0.0) - min(low, 0.0)
+    symmetric = scheme.precision.activations.symmetric
+    width = max(abs(low), abs(high)) if symmetric else max(high, 0.0) - min(low, 0.0)
     if width > 1e-9:
         assert scale * top == pytest.approx(width, rel=1e-6)  # no wider than it must be
-        if 0.01 < share < 0.99 and zero not in (0, top):
-            assert abs((stored - zero) * scale - value) <= (0.5 + 1e-4) * scale or stored in (0, top)
+        if 0.01 < share < 0.99 and zero not in (bottom, top):
+            assert abs((stored - zero) * scale - value) <= (0.5 + 1e-4) * scale or stored in (bottom, top)
+    if symmetric:
+        assert zero == 0
 
 
-@pytest.mark.parametrize("name", ACTIVE)
+def test_limits_of_integers():
+    found = [limits(TensorFormat(kind="int", bits=bits, signed=signed)) for bits in (4, 8) for signed in (False, True)]
+    assert found == [(0, 15), (-8, 7), (0, 255), (-128, 127)]
+
+
+@pytest.mark.parametrize("name", [name for name in ACTIVE if not plugins.get("quantization", name).precision.activations.signed])
 @pytest.mark.parametrize(
     ("low", "high", "zero"),
     [(0.0, 5.0, 0), (1.0, 5.0, 0), (-5.0, 0.0, 255), (-5.0, -1.0, 255), (0.0, 0.0, 0), (-1.0, 3.0, 64)],

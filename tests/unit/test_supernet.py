@@ -319,6 +319,19 @@ def test_emulated_products_are_those_of_integers(low, high):
     np.testing.assert_allclose(got, want, atol=16 * 2**-23 * 255 * scale * np.abs(weight).max() + 1e-6)
 
 
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 2.0), (0.0, 3.0), (-7.3, 0.01)])
+def test_emulated_symmetric_products_are_those_of_signed_integers(low, high):
+    rng = np.random.default_rng(0)
+    scale = max(-low, high) / 127
+    x = away_from_ties(rng, (3, 5, 16), scale)  # beyond both ends: -128 is used, +128 is not
+    weight = rng.standard_normal((8, 16)).astype(np.float32)
+    linear = FakeQuantizer({"w": "int8-symmetric"}, ActivationRanges(method="minmax", sites=(("w", low, high),)))
+    got = linear("w", torch.from_numpy(x), torch.from_numpy(weight), None).numpy()
+    steps = np.abs(weight).max(axis=1) / 127
+    want = (np.clip(np.rint(x / scale), -128, 127) @ np.rint(weight / steps[:, None]).T) * scale * steps
+    np.testing.assert_allclose(got, want, atol=16 * 2**-23 * 128 * scale * np.abs(weight).max() + 1e-6)  # 16 float32 sums, as above
+
+
 def test_ties_go_to_the_even_integer():
     scale = 2.0**-7  # exact in float32, so halves are exact too
     x = (np.array([[-1.5, -0.5, 0.5, 1.5, 2.5, 3.5]]) * scale).astype(np.float32)
@@ -348,8 +361,8 @@ def test_query_key_and_value_share_an_input_but_not_a_range_that_differs():
     np.testing.assert_allclose(outputs, [0.5, 0.5, 0.25, 0.5], atol=1 / 255)  # half a step of 2/255
 
 
-def observed(values, method):
-    observer = Observer({"w"})
+def observed(values, method, scheme="int8"):
+    observer = Observer({"w": scheme})
     for part in values:
         observer("w", torch.from_numpy(part), torch.eye(part.shape[-1]), None)
         observer("other", torch.full((1, part.shape[-1]), 99.0), torch.eye(part.shape[-1]), None)
@@ -383,6 +396,11 @@ def test_percentile_leaves_one_in_ten_thousand_out_on_each_side():
     assert observed(np.abs(values), "percentile")[0] == 0.0
 
 
+def signed_error(values, end):
+    grid = np.arange(-128, 128) * end / 127
+    return float(np.square(np.abs(values.ravel()[:, None] - grid[None]).min(axis=1)).mean())
+
+
 def test_mse_clips_where_the_squared_error_is_least():
     values = heavy_tailed()
 
@@ -392,6 +410,8 @@ def test_mse_clips_where_the_squared_error_is_least():
         return float(np.square(np.abs(values.ravel()[:, None] - grid[None]).min(axis=1)).mean())
 
     low, high = observed(values, "mse")
+    best = min((share * 60 for share in np.linspace(0.3, 1, 29)), key=lambda end: signed_error(values, end))
+    assert observed(values, "mse", "int8-symmetric")[1] == pytest.approx(best) != pytest.approx(high)  # on the grid it will have
     assert low / -25 == pytest.approx(high / 60)  # both ends clipped by one share
     # 1 %: the tool rounds the zero point of a float32 scale, the grid above has it exact
     assert error(low, high) <= 1.01 * min(error(-25 * s, 60 * s) for s in np.linspace(0.3, 1, 29))
