@@ -25,14 +25,16 @@ from nascompile.backends import Backend
 from nascompile.errors import ModelError, RecordError, UnsupportedError
 from nascompile.families import Family, Segment
 from nascompile.passes import PassContext
-from nascompile.passes.graph import INT8, TRANSPOSED, Graph, linear_weight, parameter_of
+from nascompile.passes.graph import INT8, JOINED, TRANSPOSED, Graph, linear_weight, parameter_of
 from nascompile.quantization import ActivationRanges
-from nascompile.records import Candidate, Operator, SearchSpace, Target, digest, write_atomic
+from nascompile.records import FLOAT16, Candidate, Operator, Precision, SearchSpace, Target, digest, write_atomic
 
 OPSET = 20
 STRUCTURE_PASSES = ("inline_constants", "split_gemm", "fuse_attention")
 """Applied to the blueprint, before weights exist."""
-PASSES = ("fold_linear", "quantize_linear", "quantize_table", "unsigned_weights", "fuse_integer_matmul")
+PASSES = (
+    "fold_linear", "quantize_linear", "quantize_table", "unsigned_weights", "fuse_integer_matmul", "fuse_integer_attention", "half_floats",
+)  # fmt: skip
 """Applied to a candidate's graph, with its weights."""
 RANDOM_RANGE = (-4.0, 4.0)
 """Input range of quantized products in an operator's graph: about what follows a layer norm."""
@@ -192,8 +194,17 @@ def lower(
         parameters=shapes,
         quantized=network.quantized_weights(family, config, space, candidate, target.id),
         ranges={name: (low, high) for name, low, high in ranges.sites} if ranges else {},
+        half=_half({network.block_precision(space, candidate, segment, target.id) for segment in segments}),
     )
     return _checked(_apply(PASSES, model, context, backend, keep))
+
+
+def _half(precisions: set[Precision]) -> bool:
+    """Whether the graph's floats are float16: those of all its blocks are, or of none."""
+    floats = {p.name for p in precisions if p.weights.kind == "float"}
+    if FLOAT16.name in floats and len(floats) > 1:
+        raise UnsupportedError(f"a graph has one kind of floats, the candidate has {', '.join(sorted(floats))}")
+    return FLOAT16.name in floats
 
 
 def _keep_segments(graph: Graph, blueprint: Blueprint, names: set[str]) -> None:
@@ -286,6 +297,7 @@ def lower_operator(
         parameters=sliced,
         quantized=dict.fromkeys(quantized, operator.precision.name),
         ranges=dict.fromkeys(quantized, RANDOM_RANGE),
+        half=_half({operator.precision}),
     )
     return _checked(_apply(PASSES, model, context, backend, None))
 
@@ -410,9 +422,11 @@ def describe(model: onnx.ModelProto, family: Family, config: Any) -> list[Block]
         name = parameter_of(tensor.name)
         stored = tensor.name.removeprefix(name)
         if stored in ("", TRANSPOSED) or stored.endswith(INT8):
-            shapes[name] = tuple(reversed(tensor.dims)) if TRANSPOSED in stored else tuple(tensor.dims)
+            joined = name.split(JOINED)
+            dims = [*tensor.dims[:-1], tensor.dims[-1] // len(joined)] if len(joined) > 1 else list(tensor.dims)
+            shapes |= dict.fromkeys(joined, tuple(reversed(dims)) if TRANSPOSED in stored else tuple(dims))
             if INT8 in stored:
-                integers.add(name)
+                integers.update(joined)
     found = []
     for segment in family.segments(config):
         weights = tuple((p, shapes[p]) for p in sorted(segment.parameters) if p in shapes)

@@ -44,7 +44,9 @@ class OnnxRuntime:
     accepts: Literal["onnx", "torch", "hf_folder"] = "onnx"
     width_multiple = 32
     """MLAS multiplies tiles of 16 (AVX2, VNNI) or 32 (AVX-512 float) columns and groups of 4 rows: multiples of 32 leave none partial."""
-    passes: tuple[str, ...] = ("fuse_attention", *integer_passes(platform.machine(), _cpu_flags()), "fuse_integer_matmul")
+    passes: tuple[str, ...] = (
+        "fuse_attention", *integer_passes(platform.machine(), _cpu_flags()), "fuse_integer_matmul", "fuse_integer_attention",
+    )  # fmt: skip
 
     def unavailable(self) -> str:
         """Why this backend cannot run here; empty if it can."""

@@ -17,6 +17,8 @@ class PassContext:
     """Weight ▸ name of its precision, for everything the candidate quantizes."""
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Weight ▸ (low, high) of the input of its product."""
+    half: bool = False
+    """Whether the floats of the graph are to be float16."""
 
 
 class Pass(Protocol):

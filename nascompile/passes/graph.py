@@ -49,6 +49,10 @@ class Graph:
         tensor = self.constants.get(name)
         return None if tensor is None else numpy_helper.to_array(tensor)
 
+    def value(self, name: str) -> Array:
+        """Value of an initializer that is there."""
+        return numpy_helper.to_array(self.constants[name])
+
     def add_constant(self, name: str, value: Array | np.generic) -> str:
         """The name, after storing the value under it; a name that is taken must hold the same value."""
         if name not in self.constants:
@@ -163,5 +167,7 @@ def parameter_of(tensor: str) -> str:
 
 
 INT8, SCALE, ZERO_POINT, UNSIGNED, TRANSPOSED = ".int8", ".scale", ".zero_point", ".u8", ".T"
+JOINED = "+"
+"""Between the names of parameters that a pass put side by side, all of one shape."""
 SUFFIXES = (INT8, SCALE, ZERO_POINT, UNSIGNED, TRANSPOSED)
 """What passes append to a parameter's name, outermost first."""

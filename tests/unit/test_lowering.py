@@ -27,6 +27,7 @@ CASES = {
 }
 BACKENDS = ("onnxruntime", "fake")
 INTEGER = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+ATTENTION = ("MultiHeadAttention", "QAttention")
 
 
 @dataclass
@@ -123,7 +124,7 @@ def test_the_graph_holds_what_the_network_description_says(case):
             assert sum(np.prod(shape, dtype=int) for _, shape in block.weights) == node.parameters, node.name
             assert bool(block.quantized) == (node.operator.precision.name != "fp32"), node.name
         heads = [n.operator.dim("heads") for n in said.nodes if n.operator.kind == "attention"]
-        fused = [onnx.helper.get_node_attr_value(n, "num_heads") for n in lowered.graph.node if n.op_type == "MultiHeadAttention"]
+        fused = [onnx.helper.get_node_attr_value(n, "num_heads") for n in lowered.graph.node if n.op_type in ATTENTION]
         assert fused == (heads if case.backend.name == "onnxruntime" else [])
 
 
@@ -167,18 +168,20 @@ def test_the_fake_backend_gets_standard_onnx_only(exports):
 
 def test_onnxruntime_gets_integer_products_and_fused_attention(bert):
     nodes = [node.op_type for node in bert.lower(spaces.uniform(bert.space)).graph.node]
-    assert nodes.count("MatMulIntegerToFloat") == 3 * 6
-    assert nodes.count("MultiHeadAttention") == 3
-    assert nodes.count("QuantizeLinear") == 3 * 4  # query, key and value share one
+    assert nodes.count("MatMulIntegerToFloat") == 3 * 3
+    assert nodes.count("QAttention") == 3  # query, key and value in one, and the attention
+    assert nodes.count("QuantizeLinear") == 3 * 4  # attention, its output, and two products of the MLP
     assert nodes.count("MatMul") == 2  # pooler and classifier stay float
     assert "DequantizeLinear" not in nodes
     assert "Softmax" not in nodes
 
 
 def test_node_names_keep_the_module_path(bert):
-    names = {node.name for node in bert.lower(spaces.uniform(bert.space)).graph.node}
+    names = {node.name for point in (spaces.largest, spaces.uniform) for node in bert.lower(point(bert.space)).graph.node}
     assert "/bert/encoder/layer.1/attention/self/query/MatMul" in names
     assert "/bert/encoder/layer.1/attention/self/MultiHeadAttention" in names
+    assert "/bert/encoder/layer.1/attention/self/QAttention" in names
+    assert "/bert/encoder/layer.1/intermediate/dense/MatMul" in names
 
 
 def test_keep_writes_the_graph_after_each_pass(bert, tmp_path):
@@ -255,7 +258,7 @@ def test_every_operator_of_the_space_is_built_as_described(case, tmp_path):
             first = [tuple(t.dims) for t in stack.graph.initializer if tuple(t.dims) == (64, operator.dim("width"))]
             assert len(first) == 3
         if case.backend.name == "onnxruntime" and operator.kind == "attention":
-            fused = [n for n in stack.graph.node if n.op_type == "MultiHeadAttention"]
+            fused = [n for n in stack.graph.node if n.op_type in ATTENTION]
             assert [onnx.helper.get_node_attr_value(n, "num_heads") for n in fused] == [operator.dim("heads")] * 3
             assert [n.op_type for n in stack.graph.node].count("Cast") == (case.family.name == "bert")  # one mask for all copies
 

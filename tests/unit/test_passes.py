@@ -173,6 +173,48 @@ def test_products_share_a_quantized_input_exactly_where_the_grid_is_the_same(rng
         np.testing.assert_allclose(got, want, atol=1e-5)  # the same integers; float32 sums in another order
 
 
+def integer_attention_model(rng, *, width=16, bias=True, padded=True, ranges=(1.0, 1.0, 1.0), **attributes):
+    """MultiHeadAttention of two heads over three INT8 products of x (batch, sequence, width), in the runtime's operators."""
+    nodes, constants = [], {}
+    for name in "abc":
+        constants[f"{name}.weight.T"] = (rng.standard_normal((width, 8)) * width**-0.5).astype(np.float32)
+        constants[f"{name}.bias"] = rng.standard_normal(8).astype(np.float32)
+        product = f"{name}p" if bias else name
+        nodes.append(helper.make_node("MatMul", ["x", f"{name}.weight.T"], [product], name=f"/core/{name}/MatMul"))
+        if bias:
+            nodes.append(helper.make_node("Add", [f"{name}.bias", product], [name]))
+    inputs = ["a", "b", "c", *(["", "padding"] if padded else [])]
+    kind = {"domain": "com.microsoft", "num_heads": 2, "name": "/core/MultiHeadAttention"}
+    nodes.append(helper.make_node("MultiHeadAttention", inputs, ["y"], **kind, **attributes))
+    known = {"x": (TensorProto.FLOAT, ["b", "s", width])} | ({"padding": (TensorProto.INT32, ["b", "s"])} if padded else {})
+    model = model_of(nodes, constants, known, rank=3)
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    spans = {f"{name}.weight": (-1.0, high) for name, high in zip("abc", ranges, strict=True)}
+    return apply("quantize_linear", model, quantized=dict.fromkeys(spans, "int8"), ranges=spans)
+
+
+@pytest.mark.parametrize("unsigned", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_integer_attention_is_the_same_function(rng, padded, unsigned):
+    model = integer_attention_model(rng, padded=padded)
+    apart = apply("fuse_integer_matmul", apply("unsigned_weights", model) if unsigned else model)
+    joined = apply("fuse_integer_attention", apart)
+    assert sorted(kinds(joined)) == ["QAttention", "QuantizeLinear"]
+    weight = next(t for t in joined.graph.initializer if t.name.endswith(".int8"))
+    assert parameter_of(weight.name).split("+") == ["a.weight", "b.weight", "c.weight"]
+    assert tuple(weight.dims) == (16, 24)
+    feed = {"x": rng.uniform(-1.5, 1.5, (3, 5, 16)).astype(np.float32)}
+    if padded:
+        feed["padding"] = np.int32([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    np.testing.assert_allclose(runtime(joined, **feed)[0], runtime(apart, **feed)[0], atol=1e-5)  # softmax in another order
+
+
+@pytest.mark.parametrize("case", [{"width": 544}, {"bias": False}, {"ranges": (1.0, 1.0, 2.0)}, {"scale": 0.25}])
+def test_integer_attention_leaves_what_it_cannot_take_or_what_it_would_slow(rng, case):
+    apart = apply("fuse_integer_matmul", integer_attention_model(rng, **case))
+    assert "QAttention" not in kinds(apply("fuse_integer_attention", apart))
+
+
 def test_only_named_weights_are_quantized_and_a_missing_range_is_refused(rng):
     model = apply("fold_linear", linear_model(rng)[0])
     assert kinds(apply("quantize_linear", model, quantized={"other.weight": "int8"})) == ["MatMul", "Add"]
