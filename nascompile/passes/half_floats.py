@@ -8,11 +8,13 @@ from onnx import TensorProto, numpy_helper
 
 from nascompile.errors import UnsupportedError
 from nascompile.passes import PassContext
-from nascompile.passes.graph import SCALE, Array, Graph, parameter_of
+from nascompile.passes.graph import Array, Graph, parameter_of
 
 LIMIT = float(np.finfo(np.float16).max)
 INFINITE = 1e9
 """Constants beyond this are what a mask adds to the scores it hides; float16's own largest number hides them as well."""
+NEAREST_ZERO = float(np.finfo(np.float16).smallest_subnormal)
+"""A scale of nearly nothing must not become nothing."""
 HALF = ".half"
 
 
@@ -25,33 +27,32 @@ class HalfFloats:
     def apply(self, model: onnx.ModelProto, context: PassContext) -> onnx.ModelProto:
         if not context.half:
             return model
+        scales = {node.input[1] for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")}
         for tensor in model.graph.initializer:
             if tensor.data_type == TensorProto.FLOAT:
-                tensor.CopyFrom(_half(tensor, tensor.name, parameter_of(tensor.name) in context.parameters))
+                parameter = not {tensor.name, parameter_of(tensor.name)}.isdisjoint(context.parameters)
+                tensor.CopyFrom(_half(tensor, tensor.name, parameter, NEAREST_ZERO if tensor.name in scales else -LIMIT))
         graph = Graph(model)
         for node in graph.nodes:
             for attribute in node.attribute:
                 if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
                     attribute.i = TensorProto.FLOAT16
                 elif attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type == TensorProto.FLOAT:
-                    attribute.t.CopyFrom(_half(attribute.t, node.name, False))
+                    attribute.t.CopyFrom(_half(attribute.t, node.name))
         _cast_inputs(graph)
         _cast_outputs(graph)
         return graph.finish()
 
 
-def _half(tensor: onnx.TensorProto, where: str, parameter: bool) -> onnx.TensorProto:
-    """The tensor in float16. UnsupportedError for a number that float16 cannot hold, unless it stands for infinity in a mask."""
+def _half(tensor: onnx.TensorProto, where: str, parameter: bool = False, least: float = -LIMIT) -> onnx.TensorProto:
+    """The tensor in float16, no number below `least`. UnsupportedError for one that float16 cannot hold and no mask needs."""
     value: Array = numpy_helper.to_array(tensor)
     large = np.abs(value[np.abs(value) > LIMIT])
     if large.size and (parameter or large.min() < INFINITE):
         raise UnsupportedError(
             f"float16 cannot hold a number of {where}: {large.max():.3g}, its limit is {LIMIT:,.0f}", hint="build another precision"
         )
-    halved = np.clip(value, -LIMIT, LIMIT).astype(np.float16)
-    if where.endswith(SCALE):  # a scale of nearly nothing must not become nothing
-        halved = np.maximum(halved, np.finfo(np.float16).smallest_subnormal)
-    return numpy_helper.from_array(halved, tensor.name)
+    return numpy_helper.from_array(np.clip(value, least, LIMIT).astype(np.float16), tensor.name)
 
 
 def _cast_inputs(graph: Graph) -> None:
