@@ -8,8 +8,25 @@ from typing import Any
 
 from nascompile import plugins, space as spaces
 from nascompile.backends import Backend
+from nascompile.errors import RecipeError, UnsupportedError
 from nascompile.families import Family, Segment
-from nascompile.records import FLOAT32, Candidate, Edge, Gene, Node, Operator, OperatorGraph, Precision, SearchSpace, Target
+from nascompile.records import (
+    FLOAT16,
+    FLOAT32,
+    Candidate,
+    Edge,
+    Gene,
+    Node,
+    Operator,
+    OperatorGraph,
+    Precision,
+    SearchSpace,
+    Target,
+)
+
+AS_SEARCHED, HALF, INTEGER = "as-searched", "fp16", "int8"
+PRECISIONS = (AS_SEARCHED, HALF, INTEGER)
+"""What a candidate's blocks become on another target than the one it was searched for."""
 
 
 def search_space(
@@ -114,14 +131,17 @@ def sliced_shapes(family: Family, config: Any, chosen: Mapping[str, int]) -> dic
 
 
 def block_bytes(segment: Segment, shapes: Mapping[str, tuple[int, ...]], precision: Precision) -> int:
-    """Bytes of a block's weights as stored: quantized ones at their bits plus a float32 scale per channel, the rest float32."""
-    total = 0
+    """Bytes of a block's weights as stored: quantized ones at their bits plus a float32 scale per channel, the rest float32.
+
+    A block of FP16 is FP16 throughout. What is float in a symmetric INT8 block is counted as float32 although FP16 may hold it.
+    """
+    total, float_bytes = 0, precision.weights.bits // 8 if precision.weights.kind == "float" else 4
     for parameter in segment.parameters:
         count = math.prod(shapes[parameter])
         if parameter in segment.quantizable and precision.weights.kind == "int":
             total += count * precision.weights.bits // 8 + 4 * shapes[parameter][0]
         else:
-            total += 4 * count
+            total += float_bytes * count
     return total
 
 
@@ -140,6 +160,43 @@ def operators(family: Family, config: Any, space: SearchSpace, target: Target) -
             for name in names:
                 found[family.operator(config, segment, top | combination, target.workload, space.precision(str(name)))] = None
     return tuple(found)
+
+
+def retarget(
+    family: Family, config: Any, space: SearchSpace, point: Candidate, backend: Backend, target: Target, precision: str = AS_SEARCHED
+) -> tuple[SearchSpace, Candidate]:
+    """The candidate's architecture for another target, and the space it is a point of: every block has a gene with one choice.
+
+    `precision`: each block keeps what it was searched with, or is FP16, or is INT8 where it can be; then what the backend has
+    for that (its `counterparts`). UnsupportedError naming the first block whose precision the backend refuses.
+    """
+    if precision not in PRECISIONS:
+        raise RecipeError(f"unknown precision of a build: {precision}", hint=f"known: {', '.join(PRECISIONS)}")
+    depth = {gene.name: tuple(int(choice) for choice in gene.choices) for gene in space.genes if gene.name == "depth"}
+    genes, used = [gene for gene in space.genes if gene.kind == "architecture"], {}
+    for segment in family.segments(config):
+        chosen = _chosen(space, point, segment, backend, precision)
+        used[chosen.name] = chosen
+        requires = _requires(depth, space.layer_order, segment.layer)
+        genes.append(Gene(name=precision_gene(segment), kind="precision", choices=(chosen.name,), requires=requires))
+    other = SearchSpace(
+        family=space.family, model_digest=space.model_digest, genes=tuple(genes), precisions=tuple(used.values()),
+        targets=(target.id,), layer_order=space.layer_order,
+    )  # fmt: skip
+    fixed = {gene.name: gene.choices[0] for gene in genes if gene.kind == "precision"}
+    return other, spaces.candidate(other, spaces.genome(space, point) | fixed)
+
+
+def _chosen(space: SearchSpace, point: Candidate, segment: Segment, backend: Backend, precision: str) -> Precision:
+    wanted = block_precision(space, point, segment, space.targets[0])
+    if precision == HALF:
+        wanted = FLOAT16
+    elif precision == INTEGER:
+        wanted = plugins.get("quantization", segment.scheme.replace("-", "_")).precision if segment.scheme else FLOAT32
+    chosen: Precision = getattr(backend, "counterparts", {}).get(wanted.name, wanted)
+    if reason := backend.supports(chosen):
+        raise UnsupportedError(f"`{backend.name}` cannot run {segment.name} in {chosen.name}: {reason}")
+    return chosen
 
 
 def _requires(choices: Mapping[str, tuple[int, ...]], order: tuple[int, ...], layer: int | None) -> tuple[tuple[str, int], ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from nascompile.records import Precision, Target
 
@@ -41,3 +41,19 @@ class Backend(Protocol):
 
     def load(self, folder: Path, graphs: tuple[str, ...], target: Target) -> Runner:
         """A runner with the target's threads and session settings applied."""
+
+
+@runtime_checkable
+class CrossCompiler(Protocol):
+    """What a backend has besides if it also builds for devices that are not here. Such an engine is built, not run."""
+
+    counterparts: Mapping[str, Precision]
+    """Name of a precision candidates are searched with ▸ what stands for it here."""
+    unrun_remark: str
+    """What the files of an engine that was never run lack."""
+
+    def unbuildable(self, target: Target) -> str:
+        """Why no engine can be built here for the target; empty if one can."""
+
+    def unrunnable(self, target: Target) -> str:
+        """Why an engine for the target cannot run here; empty if it can."""

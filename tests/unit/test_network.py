@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, DistilBertConfig, RobertaConfig, ViTConfig
 
 from nascompile import network, plugins, space as spaces
+from nascompile.errors import RecipeError, UnsupportedError
 from nascompile.families.toy import ToyConfig
-from nascompile.records import FLOAT32, INT8, WEIGHT_INT8, Target
+from nascompile.records import FLOAT16, FLOAT32, INT8, INT8_SYMMETRIC, WEIGHT_INT8, Target
 from nascompile.supernet import extract
 
 torch.set_num_threads(1)
@@ -240,3 +241,66 @@ def test_a_node_names_the_genes_that_shape_it():
             n.name for n in graph.nodes if gene in n.genes
         ]
     assert [(e.source, e.target) for e in graph.edges] == [(i - 1, i) for i in range(len(graph.nodes))]
+
+
+# ---------------------------------------------------------------------------------------------- another target
+
+
+class Gpu(Backend):
+    name = "gpu"
+    counterparts = {"fp32": FLOAT16, "int8": INT8_SYMMETRIC, "weight-int8": FLOAT16}  # noqa: RUF012
+
+
+@pytest.mark.parametrize(
+    ("precision", "wanted"),
+    [
+        ("as-searched", {"embedding": "fp16", "layers.0.mlp": "int8-symmetric", "head": "fp16", "rest": "fp16"}),
+        ("fp16", {"embedding": "fp16", "head": "fp16", "rest": "fp16"}),
+        ("int8", {"embedding": "fp16", "head": "fp16", "rest": "int8-symmetric"}),
+    ],
+)
+def test_a_candidate_for_another_target_keeps_its_architecture(precision, wanted):
+    family, config, target, space = make("bert", (2, 0, 1))
+    genome = dict(spaces.genome(space, spaces.smallest(space))) | {"depth": 2, "layers.0.mlp.precision": "int8"}
+    genome["embedding.precision"] = "weight-int8"
+    point = spaces.candidate(space, genome)
+    other = Target(device="gpu", backend="gpu", workload=target.workload)
+    derived, found = network.retarget(family, config, space, point, Gpu(), other, precision)
+    spaces.check(derived, found)
+    assert derived.targets == (other.id,)
+    assert found.architecture == point.architecture
+    assert spaces.kept_layers(derived, found) == spaces.kept_layers(space, point) == (0, 2)
+    blocks = {n.name: n.operator.precision.name for n in network.graph(family, config, derived, found, other).nodes}
+    assert blocks == {name: wanted.get(name, wanted["rest"]) for name in blocks}
+    assert len(blocks) == 6
+    assert spaces.size(derived) == spaces.size(make("bert", (2, 0, 1), Backend(("int8", "weight-int8")))[3]), "no precision to choose"
+
+
+def test_another_target_of_the_same_kind_changes_nothing_but_the_target():
+    family, config, target, space = make("toy")
+    point = spaces.uniform(space)
+    other = Target(device="other", backend=target.backend, workload=target.workload)
+    derived, found = network.retarget(family, config, space, point, Backend(), other)
+    before, after = (network.graph(family, config, s, p, t) for s, p, t in ((space, point, target), (derived, found, other)))
+    assert [(n.name, n.operator, n.size_bytes, n.macs) for n in before.nodes] == [
+        (n.name, n.operator, n.size_bytes, n.macs) for n in after.nodes
+    ]
+
+
+def test_half_precision_is_half_the_bytes():
+    family, config, target, space = make("vit")
+    point = spaces.largest(space)
+    derived, found = network.retarget(family, config, space, point, Gpu(), Target(device="gpu", backend="gpu", workload=target.workload))
+    full, half = (network.graph(family, config, s, p, target_of) for s, p, target_of in (
+        (space, point, target), (derived, found, Target(device="gpu", backend="gpu", workload=target.workload)),
+    ))  # fmt: skip
+    assert [2 * n.size_bytes for n in half.nodes] == [n.size_bytes for n in full.nodes]
+
+
+def test_what_the_other_target_cannot_do_is_refused_by_block():
+    family, config, target, space = make("toy")
+    other = Target(device="other", backend="made-up", workload=target.workload)
+    with pytest.raises(UnsupportedError, match="`made-up` cannot run embedding in fp16: not here"):
+        network.retarget(family, config, space, spaces.largest(space), Backend(("fp16",)), other, "fp16")
+    with pytest.raises(RecipeError, match="unknown precision of a build: int4"):
+        network.retarget(family, config, space, spaces.largest(space), Backend(), other, "int4")
