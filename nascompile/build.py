@@ -14,11 +14,13 @@ from nascompile import __version__, engine, lowering, network
 from nascompile.accuracy import Evaluator
 from nascompile.backends import Backend
 from nascompile.preprocess import Preprocessor
-from nascompile.records import Candidate, EngineManifest, Interval, SearchSpace, Target
+from nascompile.quantization import ActivationRanges
+from nascompile.records import FLOAT16, Candidate, EngineManifest, Interval, Precision, SearchSpace, Target
 from nascompile.supernet import Supernet, emulate, load_batches
 
 SAMPLE = 4
 """Calibration samples kept in the engine as its reference."""
+HALF_TOLERANCE, INTEGER_TOLERANCE = 0.05, 0.5
 FLOAT_TOLERANCE = 2e-3
 """Largest difference of FP32 logits between the network and its engine: orders of summation differ, nothing else does."""
 
@@ -46,17 +48,17 @@ class Parts:
     sample: Any
     """A split's first samples, from calibration."""
     table_digest: str
+    unrun: tuple[str, ...] = ()
+    """Why the engine cannot be run here, and what follows from that; empty: it can, and its sample is."""
 
 
-def lower(parts: Parts, source: Source, point: Candidate) -> Any:
+def lower(parts: Parts, source: Source, point: Candidate, ranges: ActivationRanges | None = None) -> Any:
     """The form the backend takes: the candidate's graph with its weights and calibrated ranges."""
-    net = source.net
+    net, ranges = source.net, ranges or source.evaluator.ranges(point)
     path = lowering.export(net.family, net.config, parts.blueprints)
     blueprint = lowering.blueprint(net.family, net.config, path, parts.backend)
     weights = {name: parameter.detach().numpy() for name, parameter in net.model.named_parameters()}
-    return lowering.lower(
-        blueprint, net.family, net.config, parts.space, point, parts.target, weights, source.evaluator.ranges(point), parts.backend
-    )
+    return lowering.lower(blueprint, net.family, net.config, parts.space, point, parts.target, weights, ranges, parts.backend)
 
 
 def build(
@@ -64,22 +66,31 @@ def build(
 ) -> EngineManifest:
     """The engine folder, whole or not at all. An FP32 engine must give the network's own logits on the sample, else RecordError."""
     began = time.monotonic()
-    net = source.net
-    form = lower(parts, source, point)
+    net, ranges = source.net, source.evaluator.ranges(point)
+    form = lower(parts, source, point, ranges)
     graph = network.graph(net.family, net.config, parts.space, point, parts.target)
     batches = load_batches(parts.sample, np.arange(min(SAMPLE, len(parts.sample))), SAMPLE)
-    quantized = any(node.operator.precision.weights.kind == "int" for node in graph.nodes)
-    # an integer engine may round another way where the emulation sits on an edge; its own outputs are its reference
-    expected = None if quantized else {"logits": emulate(net, parts.space, point, parts.target.id, batches, None)[0]}
+    precisions = {node.operator.precision for node in graph.nodes}
+    quantized = any(precision.weights.kind == "int" for precision in precisions)
+    # an integer engine may round another way where the emulation sits on an edge; its own outputs are its reference if it can give any
+    emulated = None if quantized and not parts.unrun else emulate(net, parts.space, point, parts.target.id, batches, ranges)[0]
     return engine.write(
         folder,
         engine.Parts(
             name=name, role=role, target=parts.target, form=form, inputs=net.family.inputs(net.config), task=parts.task,
             labels=parts.labels, config=parts.hf_config, sample={key: value.numpy() for key, value in batches[0][0].items()},
-            expected=expected, tolerance=FLOAT_TOLERANCE, preprocessing=parts.preprocessor.files(), candidate=point,
+            expected=None if emulated is None else {"logits": emulated}, tolerance=_tolerance(precisions, emulated),
+            preprocessing=parts.preprocessor.files(), candidate=point, executed=not parts.unrun, remarks=parts.unrun,
             space=parts.space, graph=graph, predicted=predicted, table_digest=parts.table_digest,
             weights_digest=source.evaluator.weights_digest,
             versions=(*parts.backend.versions(), ("nascompile", __version__)), build_seconds=time.monotonic() - began,
         ),
         parts.backend,
     )  # fmt: skip
+
+
+def _tolerance(precisions: set[Precision], emulated: Any) -> float:
+    """What a sample's logits may differ by; integers are compared with an emulation only where the engine was not run."""
+    if any(p.weights.kind == "int" for p in precisions) and emulated is not None:
+        return INTEGER_TOLERANCE
+    return HALF_TOLERANCE if FLOAT16 in precisions else FLOAT_TOLERANCE

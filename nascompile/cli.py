@@ -206,21 +206,33 @@ def build(
     given: Mapping[str, Any],
     recipe: RecipeFile = None,
     candidate: Annotated[int | None, typer.Option("--candidate", help="Number of a candidate of the finished front.", metavar="N")] = None,
+    precision: Annotated[
+        str, typer.Option("--precision", help="Of that candidate: as-searched, fp16 or int8, as the device has it.", metavar="NAME")
+    ] = "as-searched",
     out: Out = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Build the front's best candidates, or one more of a finished front."""
+    """Build the front's best candidates, or one more of a finished front; RECIPE may be the run folder."""
+    if recipe is not None and recipe.is_dir():
+        recipe, out = None, out or recipe
     chosen, folder = recipe_and_folder(recipe, out, given)
+    if candidate is None and precision != "as-searched":
+        raise RecipeError(f"--precision {precision} is for one --candidate", hint="a run's precisions are searched")
     if candidate is None:
         _run(chosen, folder, "build", quiet)
         return _print_stage(folder, "build", as_json)
-    if given or recipe:
-        raise RecipeError("--candidate takes its settings from the run", hint=f"nascompile build --out {folder} --candidate {candidate}")
+    if recipe or given.keys() - {"device", "backend"}:
+        raise RecipeError(
+            "--candidate takes its settings from the run, all but --device and --backend",
+            hint=f"nascompile build --out {folder} --candidate {candidate}",
+        )
     from nascompile import pipeline
 
     with _progress(quiet) as progress, redirect_stdout(sys.stderr):
-        engine = pipeline.build_candidate(folder, candidate, progress)
+        engine = pipeline.build_candidate(
+            folder, candidate, progress, device=given.get("device", ""), backend=given.get("backend", ""), precision=precision
+        )
     if as_json:
         return _print_json({"run": str(folder), "candidate": candidate, "engine": str(engine)})
     typer.echo(engine)

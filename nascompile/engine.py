@@ -1,7 +1,7 @@
 """The engine folder: written whole or not at all, verified file by file, loaded without torch.
 
 `manifest.json` (EngineManifest, sha256 of every other file), the backend's graph files, `config.json`, preprocessing files,
-`candidate.json`, `sample.npz` (inputs and expected outputs), `run.py` (runs the folder without nascompile).
+`candidate.json`, `sample.npz` (inputs and expected outputs), `run.py` (runs the folder without nascompile, where the backend has one).
 """
 
 from __future__ import annotations
@@ -69,6 +69,9 @@ class Parts:
     weights_digest: str = ""
     versions: tuple[tuple[str, Any], ...] = ()
     build_seconds: float = 0.0
+    executed: bool = True
+    """False: there is nothing here to run it on; `expected` must be given and is believed."""
+    remarks: tuple[str, ...] = ()
 
 
 class Check(NamedTuple):
@@ -107,13 +110,11 @@ def _fill(work: Path, parts: Parts, backend: Backend) -> EngineManifest:
             raise RecordError(f"an engine folder cannot hold a preprocessing file of this name: {name}")
         (work / name).write_bytes(content)
     (work / CONFIG).write_text(json.dumps(parts.config, indent=1, sort_keys=True, default=str) + "\n", encoding="utf-8")
-    (work / RUN).write_bytes(Path(__file__).with_name("run_template.py").read_bytes())
+    if script := getattr(backend, "run_script", "run_template.py"):
+        (work / RUN).write_bytes(Path(__file__).with_name(script).read_bytes())
     if parts.candidate is not None:
         records.save(parts.candidate, work / CANDIDATE)
-    found = backend.load(work, graphs, parts.target).run(parts.sample)
-    expected = found if parts.expected is None else parts.expected
-    _compare(found, expected, parts.tolerance, parts.name)
-    (work / SAMPLE).write_bytes(_npz(parts.sample, expected))
+    (work / SAMPLE).write_bytes(_npz(parts.sample, _checked_outputs(work, graphs, parts, backend)))
     blocks = parts.graph.nodes if parts.graph else ()
     manifest = EngineManifest(
         name=parts.name, role=parts.role, target=parts.target, graphs=graphs, outputs=parts.outputs, labels=parts.labels, task=parts.task,
@@ -123,10 +124,22 @@ def _fill(work: Path, parts: Parts, backend: Backend) -> EngineManifest:
         precision_counts=tuple(sorted(Counter(node.operator.precision.name for node in blocks).items())),
         table_digest=parts.table_digest, weights_digest=parts.weights_digest, versions=parts.versions, tolerance=parts.tolerance,
         size_bytes=sum((work / name).stat().st_size for name in graphs), parameters=sum(node.parameters for node in blocks),
-        build_seconds=parts.build_seconds,
+        build_seconds=parts.build_seconds, executed=parts.executed, remarks=parts.remarks,
     )  # fmt: skip
     records.save(manifest, work / MANIFEST)
     return manifest
+
+
+def _checked_outputs(work: Path, graphs: tuple[str, ...], parts: Parts, backend: Backend) -> Mapping[str, npt.NDArray[Any]]:
+    """Outputs to keep as the sample's: the expected ones, which the engine must give if it can run here."""
+    if not parts.executed:
+        if parts.expected is None:
+            raise ValueError("an engine that is not run needs the outputs it should give")
+        return parts.expected
+    found = backend.load(work, graphs, parts.target).run(parts.sample)
+    expected = found if parts.expected is None else parts.expected
+    _compare(found, expected, parts.tolerance, parts.name)
+    return expected
 
 
 def _npz(inputs: Mapping[str, npt.NDArray[Any]], outputs: Mapping[str, npt.NDArray[Any]]) -> bytes:
@@ -170,7 +183,10 @@ def read_sample(folder: Path) -> tuple[Arrays, Arrays]:
 
 
 def verify(folder: Path) -> tuple[Check, ...]:
-    """What was checked: the hash of every file, no file too many, the sample re-run; RecordError naming every fault."""
+    """What was checked: the hash of every file, no file too many, the sample re-run; RecordError naming every fault.
+
+    The sample of an engine that was built for another device is run only where that device is; else the last check says so.
+    """
     folder = Path(folder)
     manifest = read_manifest(folder)
     checks, faults = [], []
@@ -191,6 +207,8 @@ def verify(folder: Path) -> tuple[Check, ...]:
     if faults:
         raise RecordError(f"engine {manifest.name} is not as it was built: {folder}", detail="\n".join(faults), hint="build it again")
     inputs, expected = read_sample(folder)
+    if not manifest.executed and (reason := plugins.get("backends", manifest.target.backend).unrunnable(manifest.target)):
+        return (*checks, Check("sample", f"NOT RUN, neither here nor where it was built: {reason}"))
     difference = _compare(_runner(folder, manifest).run(inputs), expected, manifest.tolerance, str(folder))
     return (*checks, Check("sample", f"largest difference {difference:.2g}, accepted {manifest.tolerance:.2g}"))
 

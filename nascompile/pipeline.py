@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ import filelock
 import msgspec
 import numpy as np
 
+import nascompile
 from nascompile import (
     build,
     data,
@@ -36,7 +37,8 @@ from nascompile import (
     targets,
 )
 from nascompile.accuracy import Evaluator, best_method
-from nascompile.errors import DataError, ModelError, NascompileError, RecipeError, RecordError, TableError
+from nascompile.backends import CrossCompiler
+from nascompile.errors import DataError, ModelError, NascompileError, RecipeError, RecordError, TableError, UnsupportedError
 from nascompile.families import Family
 from nascompile.families.encoder import quiet
 from nascompile.preprocess import Preprocessor
@@ -479,20 +481,69 @@ class Context:
 # ---------------------------------------------------------------------------------------------- beside a run
 
 
-def build_candidate(out: Path, number: int, progress: Progress | None = None) -> Path:
-    """Build candidate `number` (from 1, cheapest first) of a finished front into `engines/front-<number>`; its folder."""
+def build_candidate(
+    out: Path, number: int, progress: Progress | None = None, device: str = "", backend: str = "", precision: str = network.AS_SEARCHED
+) -> Path:
+    """Build candidate `number` (from 1, cheapest first) of a finished front into `engines/front-<number>`; its folder.
+
+    `device`, `backend`, `precision`: for another target than the run's, into `engines/front-<number>-<device>`, say. Its device need
+    not be here if the backend can do without it; the manifest then says that the engine was not run.
+    """
     recipe = load(out / "recipe.json", Recipe)  # before the lock, which would make the folder
     with _locked(out):
         front = load(out / "front.json", Front)
         if not 1 <= number <= len(front.evaluations):
             raise RecipeError(f"no such candidate: {number}", hint=f"the front of {out} has 1 to {len(front.evaluations)}")
-        context = Context(recipe, out, progress or Silent(), Given())
         e = front.evaluations[number - 1]
         name = f"front-{number}"
+        if device or backend or precision != network.AS_SEARCHED:
+            other = msgspec.structs.replace(recipe, device=device or recipe.device, backend=backend or ("" if device else recipe.backend))
+            named = [name, other.device, backend, "" if precision == network.AS_SEARCHED else precision]
+            context = Context(other, out, progress or Silent(), Given())
+            return _build_elsewhere(context, e, out / "engines" / "-".join(filter(None, named)), precision)
+        context = Context(recipe, out, progress or Silent(), Given())
         folder = out / "engines" / name
         if not context._built(folder, "supernet", e.candidate):
             build.build(context.parts, context.sources["supernet"], e.candidate, name, "candidate", e.latency, folder)
         return folder
+
+
+def _build_elsewhere(context: Context, searched: Evaluation, folder: Path, precision: str) -> Path:
+    """The engine of a candidate for the context's target, which is not the one it was searched for; nothing predicts its latency."""
+    unrun = _unrun(context.target, context.backend)
+    context.space, point = network.retarget(
+        context.family, context.config, context.space, searched.candidate, context.backend, context.target, precision
+    )
+    evaluator = context.evaluator(context.out / "supernet", context.method)
+    score = evaluator.score(point)
+    context.progress.note(
+        f"{context.metric} of the emulated network on validation: {score.value:.2f}, {searched.score.value:.2f} as it was searched"
+    )
+    if (folder / "manifest.json").is_file():
+        m = load(folder / "manifest.json", EngineManifest)
+        versions = (*context.backend.versions(), ("nascompile", nascompile.__version__))
+        same = (point, evaluator.weights_digest, context.target, versions, not unrun)
+        if (m.candidate, m.weights_digest, m.target, m.versions, m.executed) == same:
+            return folder
+    remarks = (f"built, not run: {unrun}", context.backend.unrun_remark) if unrun else ()
+    parts = replace(context.parts, table_digest="", unrun=remarks)
+    build.build(parts, build.Source(evaluator.net, evaluator), point, folder.name, "candidate", None, folder)
+    for remark in remarks:
+        context.progress.note(remark)
+    return folder
+
+
+def _unrun(target: Target, backend: Any) -> str:
+    """Why an engine for the target can be built here but not run; empty if it can be run. UnsupportedError if it cannot be built."""
+    reason, unrun = "", ""
+    if isinstance(backend, CrossCompiler):
+        reason, unrun = backend.unbuildable(target), backend.unrunnable(target)
+    else:
+        targets.device(target.device)
+        reason = backend.unavailable()
+    if reason:
+        raise UnsupportedError(f"cannot build for `{target.device}` with {target.backend}: {reason}")
+    return unrun
 
 
 def plan(recipe: Recipe, out: Path) -> list[dict[str, Any]]:

@@ -33,6 +33,8 @@ class DeviceProfile(Record, frozen=True):
     """0 where memory is no limit."""
     flash_bytes: int = 0
     clock_mhz: float = 0.0
+    compute_capability: str = ""
+    """Of an NVIDIA GPU, such as 8.9; a session setting of what is built for it."""
     description: str = ""
 
 
@@ -60,7 +62,8 @@ def make(
         raise UnsupportedError(f"`{device}` has no backend named {chosen}", hint=f"its backends: {', '.join(profile.backends)}")
     if threads < 0:
         raise RecipeError(f"threads must be at least 1: {threads}", hint="leave it out for the device's default")
-    settings = dict(plugins.get("backends", chosen).session()) | dict(session or {})
+    own = {"compute_capability": profile.compute_capability} if profile.compute_capability else {}
+    settings = dict(plugins.get("backends", chosen).session()) | own | dict(session or {})
     ordered = tuple(sorted(settings.items()))
     return Target(device=device, backend=chosen, workload=workload, threads=threads or profile.threads, session=ordered)
 

@@ -16,7 +16,7 @@ PACKAGE = Path(nascompile.__file__).parent
 ROWS: dict[str, tuple[str, ...]] = {
     "errors": ("errors",),
     "records": ("records",),
-    "plain": ("plugins", "space", "pareto", "latency_table", "journal", "progress", "places"),
+    "plain": ("cuda_driver", "plugins", "space", "pareto", "latency_table", "journal", "progress", "places"),
     "samples": ("preprocess", "data_sources", "data"),
     "plug-ins": plugins.FOLDERS,
     "shared": ("settings", "targets", "network", "models", "supernet", "lowering", "scoring", "accuracy", "engine"),
@@ -31,6 +31,7 @@ STANDALONE = ("run_template",)
 LIGHT = (
     "__init__", "errors", "records", "plugins", "space", "pareto", "network", "latency_table", "journal", "places", "settings", "data",
     "data_sources", "preprocess", "cli", "progress", "targets", "engine", "run_template",
+    "cuda_driver",
 )  # fmt: skip
 HEAVY = {"torch", "transformers", "onnxruntime", "tensorrt", "ray", "accelerate", "datasets"}
 
