@@ -183,7 +183,8 @@ def run(
     chosen, folder = recipe_and_folder(recipe, out, given)
     if dry_run:
         return _print_plan(chosen, folder, as_json)
-    _run(chosen, folder, "report", quiet)
+    if not _run(chosen, folder, "report", quiet):
+        return None
     if as_json:
         from nascompile import report
 
@@ -195,8 +196,8 @@ def _stage_command(stage: str) -> Callable[..., None]:
     @with_settings
     def command(given: Mapping[str, Any], recipe: RecipeFile = None, out: Out = None, as_json: Json = False, quiet: Quiet = False) -> None:
         chosen, folder = recipe_and_folder(recipe, out, given)
-        _run(chosen, folder, stage, quiet)
-        _print_stage(folder, stage, as_json)
+        if _run(chosen, folder, stage, quiet):
+            _print_stage(folder, stage, as_json)
 
     return command
 
@@ -220,8 +221,7 @@ def build(
     if candidate is None and precision != "as-searched":
         raise RecipeError(f"--precision {precision} is for one --candidate", hint="a run's precisions are searched")
     if candidate is None:
-        _run(chosen, folder, "build", quiet)
-        return _print_stage(folder, "build", as_json)
+        return _print_stage(folder, "build", as_json) if _run(chosen, folder, "build", quiet) else None
     if recipe or given.keys() - {"device", "backend"}:
         raise RecipeError(
             "--candidate takes its settings from the run, all but --device and --backend",
@@ -272,11 +272,14 @@ def _defaults(given: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def _run(recipe: Recipe, out: Path, until: str, quiet: bool) -> None:
-    from nascompile import pipeline
+def _run(recipe: Recipe, out: Path, until: str, quiet: bool) -> bool:
+    """Whether this process has results to print: of several, the first one does."""
+    from nascompile import pipeline, processes
 
-    with _progress(quiet) as progress, redirect_stdout(sys.stderr):  # stdout is ours: libraries may print
+    leads = processes.join().leads
+    with _progress(quiet or not leads) as progress, redirect_stdout(sys.stderr):  # stdout is ours: libraries may print
         pipeline.run(recipe, out, until=until, progress=progress)
+    return leads
 
 
 @contextmanager

@@ -587,6 +587,17 @@ def open_split(folder: Path, name: str, purpose: str = "") -> Split:
     info = manifest.split(name)
     choice = _choice_for_test(folder) if name == "test" else ""
     _log_access(folder, {"split": name, "purpose": purpose, "time": datetime.now(UTC).isoformat(timespec="seconds"), "choice": choice})
+    return _read_split(folder, name, info)
+
+
+def opened_split(folder: Path, name: str) -> Split:
+    """A split that another process of this run has opened; nothing is written. DataError if none has, or for test."""
+    if name == "test" or name not in {entry["split"] for entry in accesses(folder)}:
+        raise DataError(f"no other process has opened this split: {name}", hint="open it with `open_split`, which says so in the log")
+    return _read_split(folder, name, load_manifest(folder).split(name))
+
+
+def _read_split(folder: Path, name: str, info: SplitInfo) -> Split:
     preprocessor = Preprocessor.from_folder(folder / "preprocessor")
     keys = (*preprocessor.settings.inputs, "labels")
     load = _load_sealed if name == "test" else _load_mapped

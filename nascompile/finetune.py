@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from nascompile import plugins, space as spaces
 from nascompile.data import Split, class_weights
-from nascompile.errors import RecordError
+from nascompile.errors import RecipeError, RecordError
 from nascompile.families import Family
 from nascompile.families.encoder import quiet
-from nascompile.progress import Progress
+from nascompile.processes import ALONE, Team
+from nascompile.progress import Progress, Silent
 from nascompile.recipes import Recipe, StepBatch, Terms
 from nascompile.records import Record, SearchSpace, digest, encode, load, save, write_atomic
 from nascompile.settings import FinetuneSettings
@@ -89,22 +91,27 @@ class Plan:
     out: Path
     teacher_deadline: float = float("inf")
     deadline: float = float("inf")
+    team: Team = ALONE
+
+
+class Call(Record, frozen=True):
+    """What the first of several processes asks of the others: their part in a training that begins now."""
+
+    training: str
+    space: SearchSpace
 
 
 def finetune(plan: Plan, progress: Progress) -> SearchSpace:
     """Write `teacher/`, `supernet/` (and `control/`) under `plan.out`; the space with its layers in order of importance."""
-    work = plan.out / "training"
     folder = plan.out / "teacher"
     if not folder.is_dir():
         net = Supernet(plan.family, plan.family.load(str(plan.model), **plan.head))
         logs = {}
         if plan.head:
-            space = plan.space_of(net.config, ())
-            job = _job(plan, net, space, "plain", plan.settings.teacher_epochs, work / "teacher", plan.teacher_deadline)
-            logs["training.json"] = train(job, progress)
+            logs["training.json"] = _train(plan, "teacher", net, plan.space_of(net.config, ()), progress)
         store_model(net, folder, logs)
     teacher = Supernet(plan.family, plan.family.load(str(folder)))
-    logits = teacher_logits(teacher, plan.train, _made(work) / "teacher_logits.npy", progress)
+    teacher_logits(teacher, plan.train, _logits(plan), progress)
     folder = plan.out / "supernet"
     if not folder.is_dir():
         net = Supernet(plan.family, plan.family.load(str(plan.out / "teacher")))
@@ -112,16 +119,21 @@ def finetune(plan: Plan, progress: Progress) -> SearchSpace:
         if plan.settings.importance:
             progress.note("ordering heads, neurons and layers by importance")
             space = sort_by_importance(net, lambda order: plan.space_of(net.config, order), plan.train, plan.task)
-        job = _job(plan, net, space, plan.settings.recipe, plan.settings.epochs, work / "supernet", plan.deadline, logits)
-        log = train(job, progress)
+        log = _train(plan, "supernet", net, space, progress)
         store_model(net, folder, {"manifest.json": space, "training.json": log})
     space = load(folder / "manifest.json", SearchSpace)
     if plan.settings.control and not (plan.out / "control").is_dir():
-        passes = load(folder / "training.json", TrainingLog).samples
-        epochs = max(1, round(passes / len(plan.train)))
-        job = _job(plan, teacher, space, "plain", epochs, work / "control", float("inf"))
-        store_model(teacher, plan.out / "control", {"training.json": train(job, progress)})
+        store_model(teacher, plan.out / "control", {"training.json": _train(plan, "control", teacher, space, progress)})
     return space
+
+
+def assist(plan: Plan, call: bytes) -> None:
+    """Take part in the training that the first process has called for; it writes all files."""
+    called = msgspec.json.decode(call, type=Call)
+    model = plan.family.load(str(plan.model), **plan.head) if called.training == "teacher" else plan.family.load(str(plan.out / "teacher"))
+    job = _job(plan, called.training, Supernet(plan.family, model), called.space)
+    with plan.team.together():
+        train(job, Silent())
 
 
 def baseline_folder(out: Path) -> Path:
@@ -144,22 +156,38 @@ def store_model(net: Supernet, folder: Path, beside: Mapping[str, Record]) -> No
         raise RecordError(f"cannot write {folder}: {error}", hint="free some space and run the same command again") from error
 
 
+def _train(plan: Plan, name: str, net: Supernet, space: SearchSpace, progress: Progress) -> TrainingLog:
+    plan.team.call(encode(Call(training=name, space=space)))
+    with plan.team.together():
+        return train(_job(plan, name, net, space), progress)
+
+
+def _logits(plan: Plan) -> Path:
+    """Where the teacher's outputs are."""
+    return _made(plan.out / "training") / "teacher_logits.npy"
+
+
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _job(
-    plan: Plan, net: Supernet, space: SearchSpace, recipe: str, epochs: int, folder: Path, deadline: float, teacher: Any = None
-) -> Job:
-    weights = None
-    if plan.settings.class_weights:
+def _job(plan: Plan, name: str, net: Supernet, space: SearchSpace) -> Job:
+    """The training `teacher`, `supernet` or `control`."""
+    s, weights, logits = plan.settings, None, None
+    if s.class_weights:
         weights = torch.from_numpy(class_weights(plan.train.labels, net.config.num_labels))
-    s = plan.settings
+    if name == "supernet":
+        recipe, epochs, deadline, logits = s.recipe, s.epochs, plan.deadline, np.load(_logits(plan), allow_pickle=False)
+    elif name == "teacher":
+        recipe, epochs, deadline = "plain", s.teacher_epochs, plan.teacher_deadline
+    else:  # as many passes as the super-network got
+        passes = load(plan.out / "supernet" / "training.json", TrainingLog).samples
+        recipe, epochs, deadline = "plain", max(1, round(passes / len(plan.train))), float("inf")
     terms = Terms(plan.task, weights, s.ce_weight, s.strong_teacher, s.temperature, s.random_subnets)
     return Job(
         net=net, space=space, recipe=plugins.get("recipes", recipe), terms=terms, settings=s, train=plan.train, validation=plan.validation,
-        metric=plan.metric, epochs=epochs, folder=_made(folder), seed=plan.seed, deadline=deadline, teacher=teacher,
+        metric=plan.metric, epochs=epochs, folder=_made(plan.out / "training" / name), seed=plan.seed, deadline=deadline, teacher=logits,
     )  # fmt: skip
 
 
@@ -167,12 +195,16 @@ def train(job: Job, progress: Progress) -> TrainingLog:
     """Train `job.net` in place and leave it with its best weights; continues from `job.folder` after a kill.
 
     Every random draw comes from (seed, epoch) or (seed, step), so a resumed run takes the steps an uninterrupted one would.
+    Several processes share each batch, and the first one writes. RecipeError if a batch has fewer samples than there are processes.
     """
     from accelerate import Accelerator
 
     accelerator = Accelerator()
-    rank, world = accelerator.process_index, accelerator.num_processes
-    net = job.net.to(accelerator.device)
+    if (least := min(job.settings.batch_size, len(job.train))) < accelerator.num_processes:
+        raise RecipeError(
+            f"a batch of {least} cannot be shared by {accelerator.num_processes} processes", hint="raise --batch-size, or start fewer"
+        )
+    net = _shared(job.net.to(accelerator.device), accelerator)
     steps_per_epoch = max(1, len(job.train) // job.settings.batch_size)
     total = steps_per_epoch * job.epochs
     optimizer = _optimizer(net, job.settings)
@@ -180,19 +212,19 @@ def train(job: Job, progress: Progress) -> TrainingLog:
     state = _State.resume(job.folder, net, optimizer)
     if state is None:
         state = _State()
-        state.note(0.0, _validate(job, net), net, job.folder, accelerator.is_main_process)
+        state.note(0.0, _validate(job, net, accelerator), net, job.folder, accelerator.is_main_process)
     started, saved = time.monotonic() - state.seconds, time.monotonic()
     stopped = "finished"
     while state.step < total:
         epoch, offset = divmod(state.step, steps_per_epoch)
-        rows = _epoch(job.train, job.settings.batch_size, job.seed, epoch)[offset][rank::world]
-        torch.manual_seed(int(np.random.default_rng([job.seed, state.step, rank]).integers(2**62)))
-        _step(job, net, optimizer, rows, schedule(state.step), state.step, accelerator)
+        batch = _epoch(job.train, job.settings.batch_size, job.seed, epoch)[offset]
+        torch.manual_seed(int(np.random.default_rng([job.seed, state.step, accelerator.process_index]).integers(2**62)))
+        _step(job, net, optimizer, batch, schedule(state.step), state.step, accelerator)
         state.step += 1
         progress.step(f"{job.folder.name}: epoch {epoch + 1} of {job.epochs}", state.step, total)
-        late = _agreed(accelerator, time.monotonic() > job.deadline)
+        late = bool(_agreed(accelerator, time.monotonic() > job.deadline))
         if state.step % steps_per_epoch == 0 or late:
-            state.note(state.step / steps_per_epoch, _validate(job, net), net, job.folder, accelerator.is_main_process)
+            state.note(state.step / steps_per_epoch, _validate(job, net, accelerator), net, job.folder, accelerator.is_main_process)
             if late and state.step < total:
                 stopped = "time"
                 break
@@ -266,17 +298,19 @@ def teacher_logits(net: Supernet, split: Split, path: Path, progress: Progress) 
 # ---------------------------------------------------------------------------------------------- one step
 
 
-def _step(job: Job, net: Supernet, optimizer: Any, rows: Any, rate: float, step: int, accelerator: Any) -> None:
+def _step(job: Job, net: Supernet, optimizer: Any, whole: Any, rate: float, step: int, accelerator: Any) -> None:
+    rows = whole[accelerator.process_index :: accelerator.num_processes]
     teacher = None if job.teacher is None else torch.from_numpy(job.teacher[rows]).to(accelerator.device)
     batch = StepBatch(*load_batch(job.train, rows, accelerator.device), teacher)
     net.train()
     optimizer.zero_grad(set_to_none=True)
     for loss in job.recipe.losses(net, job.space, batch, np.random.default_rng([job.seed, step]), job.terms):
-        accelerator.backward(loss)
+        loss.backward()  # not accelerate's, which scales it where a launcher was told of mixed precision
     parameters = [p for p in net.parameters() if p.grad is not None]
     if accelerator.num_processes > 1:
         # one reduction after all passes: DistributedDataParallel expects a single forward per backward
-        flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]), reduction="mean")
+        share = len(rows) / len(whole)
+        flat = accelerator.reduce(share * torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]), reduction="sum")
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter)
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -285,13 +319,24 @@ def _step(job: Job, net: Supernet, optimizer: Any, rows: Any, rate: float, step:
     optimizer.step()
 
 
-def _agreed(accelerator: Any, late: bool) -> bool:
-    """Whether the main process is late: clocks differ, and a process that stopped alone would leave the others waiting."""
+def _agreed(accelerator: Any, value: float) -> float:
+    """What the first process found: clocks and sums differ, and a process that stopped alone would leave the others waiting."""
     if accelerator.num_processes == 1:
-        return late
+        return value
     from accelerate.utils import broadcast
 
-    return bool(broadcast(torch.tensor([float(late)], device=accelerator.device))[0])
+    return float(broadcast(torch.tensor([value], dtype=torch.float64, device=accelerator.device))[0])
+
+
+@torch.no_grad()
+def _shared(net: Supernet, accelerator: Any) -> Supernet:
+    """The network with the first process's weights: a new head and an order of units are in no file yet."""
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast
+
+        for value in net.state_dict().values():
+            value.copy_(broadcast(value.contiguous()))
+    return net
 
 
 def _optimizer(net: Supernet, settings: FinetuneSettings) -> torch.optim.AdamW:
@@ -314,24 +359,23 @@ class _Schedule:
 
 
 @torch.no_grad()
-def _validate(job: Job, net: Supernet) -> float:
+def _validate(job: Job, net: Supernet, accelerator: Any) -> float:
     """Validation score of the largest network; of a super-network the mean over largest, smallest and two fixed random ones."""
     task, subnets = job.terms.task, [net.largest()]
     if job.recipe.distils:
         rng = np.random.default_rng([job.seed, 1])
         points = [spaces.smallest(job.space), spaces.sample(job.space, rng), spaces.sample(job.space, rng)]
         subnets += [net.subnet(job.space, point) for point in points]
-    device = next(net.parameters()).device
     outputs: list[list[np.ndarray[Any, Any]]] = [[] for _ in subnets]
     net.eval()
     order = by_length(job.validation, np.arange(min(len(job.validation), EARLY_STOPPING_SAMPLES)))
     for start in range(0, len(order), EVALUATION_BATCH):
-        inputs, _ = load_batch(job.validation, order[start : start + EVALUATION_BATCH], device)
+        inputs, _ = load_batch(job.validation, order[start : start + EVALUATION_BATCH], accelerator.device)
         for row, subnet in zip(outputs, subnets, strict=True):
             row.append(net(inputs, subnet).cpu().numpy())
     truth = job.validation.labels[order]
     sign = 1 if task.direction(job.metric) == "maximize" else -1
-    return float(np.mean([sign * task.score(job.metric, np.concatenate(row), truth)[0] for row in outputs]))
+    return _agreed(accelerator, float(np.mean([sign * task.score(job.metric, np.concatenate(row), truth)[0] for row in outputs])))
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints

@@ -42,6 +42,7 @@ from nascompile.errors import DataError, ModelError, NascompileError, RecipeErro
 from nascompile.families import Family
 from nascompile.families.encoder import quiet
 from nascompile.preprocess import Preprocessor
+from nascompile.processes import ALONE, Team, join
 from nascompile.progress import Progress, Silent
 from nascompile.records import (
     Candidate,
@@ -96,27 +97,44 @@ class Given:
     direction: Literal["maximize", "minimize"] = "maximize"
 
 
-def run(
-    recipe: Recipe, out: Path, *, until: str = STAGES[-1], progress: Progress | None = None, given: Given | None = None
-) -> None:
-    """Run the stages up to `until`, skipping finished ones whose inputs have not changed; everything is in `out` afterwards."""
-    progress = progress or Silent()
-    targets.make(recipe.device, recipe.backend, Workload(), recipe.threads)  # an unknown device is refused before any work
+def run(recipe: Recipe, out: Path, *, until: str = STAGES[-1], progress: Progress | None = None, given: Given | None = None) -> None:
+    """Run the stages up to `until`, skipping finished ones whose inputs have not changed; everything is in `out` afterwards.
+
+    Of several processes the first does this, the others take part in its trainings; all return when it has ended.
+    """
+    progress, given, team = progress or Silent(), given or Given(), join()
+    if not team.leads:
+        return _assist(team, out, given)
+    with team.leading():
+        targets.make(recipe.device, recipe.backend, Workload(), recipe.threads)  # an unknown device is refused before any work
+        _lead(team, recipe, out, until, progress, given)
+
+
+def _lead(team: Team, recipe: Recipe, out: Path, until: str, progress: Progress, given: Given) -> None:
     with _locked(out):
         _sweep(out)
         _keep_recipe(recipe, out)
-        context = Context(recipe, out, progress, given or Given())
+        if team.remark:
+            progress.note(team.remark)
+        context = Context(recipe, out, progress, given, team)
         for number, stage in enumerate(STAGES[: STAGES.index(until) + 1], 1):
             progress.stage(stage, number, len(STAGES))
             with _room(out):
                 context.perform(stage)
 
 
+def _assist(team: Team, out: Path, given: Given) -> None:
+    """Take part in the trainings of the first process, whose recipe and files are those of the run."""
+    for call in team.calls():
+        context = Context(load(out / "recipe.json", Recipe), out, Silent(), replace(given, model=None, data={}), team)
+        finetune.assist(context.training_plan(), call)
+
+
 class Context:
     """One run: what the stages need, opened when first asked for."""
 
-    def __init__(self, recipe: Recipe, out: Path, progress: Progress, given: Given) -> None:
-        self.recipe, self.out, self.progress, self.given = recipe, out, progress, given
+    def __init__(self, recipe: Recipe, out: Path, progress: Progress, given: Given, team: Team = ALONE) -> None:
+        self.recipe, self.out, self.progress, self.given, self.team = recipe, out, progress, given, team
         self.began = time.monotonic()
         self.done: dict[str, StageDone] = {}
 
@@ -244,7 +262,7 @@ class Context:
         return load(self.out / "supernet" / "manifest.json", SearchSpace)
 
     def split(self, name: str, purpose: str) -> data.Split:
-        return data.open_split(self.out / "data", name, purpose)
+        return data.open_split(self.out / "data", name, purpose) if self.team.leads else data.opened_split(self.out / "data", name)
 
     def evaluator(self, folder: Path, method: str) -> Evaluator:
         """Scores the candidates of the weights in a folder."""
@@ -342,18 +360,22 @@ class Context:
         self.progress.note(f"{len(table.rows)} operators, 90 % interval ±{100 * table.relative_error:.1f} %")
         return [self.out / "table.json"]
 
+    def training_plan(self) -> finetune.Plan:
+        """What the fine-tuning stage works with, in every process."""
+        return finetune.Plan(
+            family=self.family, model=self.model_folder, head=self.head, space_of=self.space_of, train=self.split("train", "fine-tuning"),
+            validation=self.split("validation", "early stopping"), task=self.task, metric=self.metric, settings=self.recipe.finetune,
+            seed=self.recipe.seed, out=self.out, teacher_deadline=self.deadline(TEACHER_SHARE), deadline=self.deadline(FINETUNE_SHARE),
+            team=self.team,
+        )  # fmt: skip
+
     def _finetune(self) -> list[Path]:
-        train, validation = self.split("train", "fine-tuning"), self.split("validation", "early stopping")
+        plan = self.training_plan()
         key = self.out / "training" / "inputs.json"
         wanted = encode(digest(*self._training_inputs()))
         if key.is_file() and key.read_bytes() != wanted:
             _discard(self.out, ("teacher", "supernet", "control", "training"))
         write_atomic(key, wanted)
-        plan = finetune.Plan(
-            family=self.family, model=self.model_folder, head=self.head, space_of=self.space_of, train=train, validation=validation,
-            task=self.task, metric=self.metric, settings=self.recipe.finetune, seed=self.recipe.seed, out=self.out,
-            teacher_deadline=self.deadline(TEACHER_SHARE), deadline=self.deadline(FINETUNE_SHARE),
-        )  # fmt: skip
         finetune.finetune(plan, self.progress)
         folders = [self.out / "supernet", finetune.baseline_folder(self.out)]
         return [path for folder in folders for path in sorted(folder.iterdir())]

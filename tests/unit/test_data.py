@@ -245,6 +245,21 @@ def test_data_cannot_change_once_test_has_been_read(tmp_path: Path, texts: Prepr
     assert len(data.accesses(folder)) == 2
 
 
+def test_a_split_that_another_process_opened_is_read_without_a_word(tmp_path: Path, texts: Preprocessor) -> None:
+    folder = tmp_path / "run" / "data"
+    prepare(DataSettings(), texts, CLASSIFICATION, folder, sources={"train": sentences(60)})
+    with pytest.raises(DataError, match="no other process has opened this split: train"):
+        data.opened_split(folder, "train")
+    opened = open_split(folder, "train", "fine-tuning")
+    found = data.opened_split(folder, "train")
+    assert (found.digest, len(found)) == (opened.digest, len(opened))
+    assert np.array_equal(found.labels, opened.labels)
+    read_test(folder)
+    with pytest.raises(DataError, match="no other process has opened this split: test"):
+        data.opened_split(folder, "test")
+    assert [a["split"] for a in data.accesses(folder)] == ["train", "test"]
+
+
 def test_access_log_survives_a_torn_line_and_refuses_a_damaged_one(tmp_path: Path, texts: Preprocessor) -> None:
     folder = tmp_path / "data"
     prepare(DataSettings(), texts, CLASSIFICATION, folder, sources={"train": sentences(60)})

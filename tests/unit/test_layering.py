@@ -16,13 +16,13 @@ PACKAGE = Path(nascompile.__file__).parent
 ROWS: dict[str, tuple[str, ...]] = {
     "errors": ("errors",),
     "records": ("records",),
-    "plain": ("cuda_driver", "plugins", "space", "pareto", "latency_table", "journal", "progress", "places"),
+    "plain": ("cuda_driver", "plugins", "space", "pareto", "latency_table", "journal", "progress", "places", "processes"),
     "samples": ("preprocess", "data_sources", "data"),
     "plug-ins": plugins.FOLDERS,
     "shared": ("settings", "targets", "network", "models", "supernet", "lowering", "scoring", "accuracy", "engine"),
     "stages": ("profiler", "finetune", "search", "build", "measure", "rerank", "report"),
     "pipeline": ("pipeline",),
-    "surface": ("api", "terminal", "cli"),
+    "surface": ("api", "terminal", "cli", "__main__"),
 }
 SEPARATE = ("stages", "plug-ins")
 """Rows whose modules import none of their neighbours; a plug-in folder is one module of its row."""
@@ -30,7 +30,7 @@ STANDALONE = ("run_template",)
 """Copied out of the package: imports nothing of it."""
 LIGHT = (
     "__init__", "errors", "records", "plugins", "space", "pareto", "network", "latency_table", "journal", "places", "settings", "data",
-    "data_sources", "preprocess", "cli", "progress", "targets", "engine", "run_template",
+    "data_sources", "preprocess", "cli", "progress", "processes", "targets", "engine", "run_template",
     "cuda_driver",
 )  # fmt: skip
 HEAVY = {"torch", "transformers", "onnxruntime", "tensorrt", "ray", "accelerate", "datasets"}
