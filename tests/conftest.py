@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
+
+import pytest
 
 # read when torch, tokenizers and huggingface_hub are imported, so before any test module is
 os.environ.update(
@@ -14,3 +17,24 @@ os.environ.update(
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     XDG_DATA_HOME=tempfile.mkdtemp(prefix="nascompile-tests-"),
 )
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(capability=(8, 9), …): from then on there is a GPU of that kind, TensorRT and TensorRT-RTX, none of them real."""
+    import tensorrt_stub
+
+    from nascompile import cuda_driver, plugins
+
+    def install(rtx=("8.9", "12.0"), version="11.4.0", **driver):
+        found = tensorrt_stub.Driver(**driver)
+        monkeypatch.setattr(cuda_driver, "library", lambda: found)
+        cuda_driver._context.cache_clear()
+        monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_stub.module(found, version))
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", tensorrt_stub.module(found, "1.7.1.116", rtx))
+        for name in ("tensorrt", "tensorrt_rtx"):
+            monkeypatch.setattr(plugins.get("backends", name), "_logger", None)
+        return found
+
+    yield install
+    cuda_driver._context.cache_clear()

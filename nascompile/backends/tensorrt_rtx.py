@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nascompile import cuda_driver
 from nascompile.backends.tensorrt import CAPABILITY, TensorRt, settings_of
 from nascompile.errors import UnsupportedError
 from nascompile.records import Target
@@ -20,8 +21,7 @@ class TensorRtRtx(TensorRt):
         """Needs the library, and a compute capability that it knows."""
         if reason := self._missing():
             return reason
-        wanted = settings_of(target).get(CAPABILITY, "")
-        allowed = self.capabilities()
+        wanted, allowed = _wanted(target), self.capabilities()
         if not wanted:
             return f"the device's profile names no {CAPABILITY}; {self.title} builds for {', '.join(allowed)}"
         return "" if wanted in allowed else f"{self.title} does not build for compute capability {wanted}, only for {', '.join(allowed)}"
@@ -33,9 +33,14 @@ class TensorRtRtx(TensorRt):
 
     def _aim(self, trt: Any, config: Any, target: Target) -> None:
         config.num_compute_capabilities = 1
-        capability = getattr(trt.ComputeCapability, "SM" + dict(target.session)[CAPABILITY].replace(".", ""))
-        if not config.set_compute_capability(capability, 0):
-            raise UnsupportedError(f"{self.title} refuses compute capability {dict(target.session)[CAPABILITY]}")
+        if not config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + _wanted(target).replace(".", "")), 0):
+            raise UnsupportedError(f"{self.title} refuses compute capability {_wanted(target)}")
+
+
+def _wanted(target: Target) -> str:
+    """Compute capability to build for: the target's, or that of the GPU here; empty if there is neither."""
+    named = settings_of(target).get(CAPABILITY, "")
+    return named or ("" if cuda_driver.unavailable() else cuda_driver.gpu().compute_capability)
 
 
 PLUGIN = TensorRtRtx()

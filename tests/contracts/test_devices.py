@@ -29,6 +29,8 @@ class Runner:
 @pytest.fixture(params=plugins.names("devices"))
 def device(request):
     found = plugins.get("devices", request.param)
+    if request.param == "cuda":
+        request.getfixturevalue("gpu")()  # a stand-in for the driver
     if reason := found.unavailable():
         pytest.skip(reason)
     assert found.name == request.param
