@@ -30,7 +30,7 @@ from nascompile.quantization import ActivationRanges
 from nascompile.records import FLOAT16, Candidate, Operator, Precision, SearchSpace, Target, digest, write_atomic
 
 OPSET = 20
-STRUCTURE_PASSES = ("inline_constants", "split_gemm", "fuse_attention")
+STRUCTURE_PASSES = ("inline_constants", "split_gemm", "fuse_attention", "expand_attention")
 """Applied to the blueprint, before weights exist."""
 PASSES = (
     "fold_linear", "quantize_linear", "quantize_table", "unsigned_weights", "fuse_integer_matmul", "fuse_integer_attention", "half_floats",

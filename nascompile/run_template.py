@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Runs the engine in this folder: checks the reference sample, times it, predicts for texts or image files given.
 
-Needs onnxruntime and NumPy; with texts also tokenizers, with images also Pillow. This file is copied into every engine folder.
+Needs NumPy and the runtime that the engine was built for, onnxruntime or openvino; with texts also tokenizers, with images also
+Pillow. This file is copied into every engine folder.
 """
 
 from __future__ import annotations
@@ -48,19 +49,58 @@ def data(name: str) -> dict[str, Any]:
 
 
 def session(manifest: dict[str, Any], threads: int) -> Any:
-    """An ONNX Runtime session with the settings the engine was measured with."""
+    """What runs the engine, with the settings it was measured with: `run(names or None, inputs)` gives a list of outputs."""
+    target = {"session": [], "threads": 1} | manifest["target"]
+    target |= {"session": dict(target["session"]), "threads": threads or target["threads"]}
+    graph = HERE / manifest["graphs"][0]
+    return OpenVino(graph, target) if target["backend"] == "openvino" else onnxruntime_session(graph, target)
+
+
+def onnxruntime_session(graph: Path, target: dict[str, Any]) -> Any:
+    """An ONNX Runtime session."""
     import onnxruntime as ort
 
-    settings = dict(manifest["target"].get("session", []))
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or manifest["target"].get("threads", 1)
+    settings, options = target["session"], ort.SessionOptions()
+    options.intra_op_num_threads = target["threads"]
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[settings.get("graph_optimization_level", "all")])
     options.add_session_config_entry("session.intra_op.allow_spinning", settings.get("allow_spinning", "1"))
     disabled = [name for name in settings.get("disabled_optimizers", "").split(",") if name]
-    graph = HERE / manifest["graphs"][0]
     return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
+
+
+class OpenVino:
+    """A network compiled by OpenVINO for the shape of each call; those of the workload's shape and of all others are kept."""
+
+    def __init__(self, graph: Path, target: dict[str, Any]) -> None:
+        import openvino as ov
+
+        self.core = ov.Core()
+        self.requests: dict[bool, Any] = {}
+        self.model = self.core.read_model(graph)
+        self.outputs = [output.any_name for output in self.model.outputs]
+        settings = {name.upper(): value.upper() for name, value in target["session"].items()}
+        workload = {"batch": 1, "sequence": 0} | target.get("workload", {})
+        self.fixed: dict[str, tuple[int, ...]] = {}
+        if settings.pop("STATIC_SHAPE", "WORKLOAD") == "WORKLOAD":
+            for entry in self.model.inputs:
+                sizes = [workload["sequence" if axis else "batch"] for axis in range(len(entry.partial_shape))]
+                shape = zip(entry.partial_shape, sizes, strict=True)
+                self.fixed[entry.any_name] = tuple(d.get_length() if d.is_static else size for d, size in shape)
+        fixed = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": target["threads"]}
+        self.properties = fixed | settings
+
+    def run(self, names: list[str] | None, inputs: dict[str, Any]) -> list[Any]:
+        """The named outputs, or all."""
+        fixed = all(self.fixed.get(name) == array.shape for name, array in inputs.items())
+        if fixed not in self.requests:
+            model = self.model.clone()
+            if fixed:
+                model.reshape(self.fixed)
+            self.requests[fixed] = self.core.compile_model(model, "CPU", self.properties).create_infer_request()
+        found = dict(zip(self.outputs, self.requests[fixed].infer(inputs, share_inputs=True).values(), strict=True))
+        return [found[name] for name in names or self.outputs]
 
 
 def sample() -> tuple[dict[str, Any], dict[str, Any]]:

@@ -30,7 +30,7 @@ def integer_passes(machine: str, flags: frozenset[str]) -> tuple[str, ...]:
     return () if exact else ("unsigned_weights",)
 
 
-def _cpu_flags() -> frozenset[str]:
+def cpu_flags() -> frozenset[str]:
     """Instruction sets as Linux names them; empty elsewhere, which gives exact products that may be slower."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -45,7 +45,7 @@ class OnnxRuntime:
     width_multiple = 32
     """MLAS multiplies tiles of 16 (AVX2, VNNI) or 32 (AVX-512 float) columns and groups of 4 rows: multiples of 32 leave none partial."""
     passes: tuple[str, ...] = (
-        "fuse_attention", *integer_passes(platform.machine(), _cpu_flags()), "fuse_integer_matmul", "fuse_integer_attention",
+        "fuse_attention", *integer_passes(platform.machine(), cpu_flags()), "fuse_integer_matmul", "fuse_integer_attention",
     )  # fmt: skip
 
     def unavailable(self) -> str:

@@ -21,19 +21,23 @@ CASES = {
     "bert": lambda: BertConfig(**SIZES, vocab_size=50, num_labels=3, max_position_embeddings=24),
     "toy": ToyConfig,
 }
+BACKENDS = ("onnxruntime", "openvino")
 CANDIDATES = 10
 
 
-@pytest.fixture(params=list(CASES))
+@pytest.fixture(params=[(name, backend) for name in CASES for backend in BACKENDS], ids="-".join)
 def case(request, tmp_path):
     torch.set_num_threads(1)
     torch.manual_seed(1)
-    family, config = plugins.get("families", request.param), CASES[request.param]()
+    name, backend = request.param
+    backend = plugins.get("backends", backend)
+    if reason := backend.unavailable():
+        pytest.skip(reason)
+    family, config = plugins.get("families", name), CASES[name]()
     model = family.create(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    backend = plugins.get("backends", "onnxruntime")
     target = Target(device="cpu", backend=backend.name, workload=family.workload(config, 1, 8), session=backend.session())
     space = network.search_space(family, config, backend, target, "model", layer_order=(2, 0, 3, 1))
     blueprint = lowering.blueprint(family, config, lowering.export(family, config, tmp_path), backend)

@@ -25,7 +25,7 @@ CASES = {
     "distilbert": ("bert", lambda: DistilBertConfig(dim=64, n_layers=3, n_heads=4, hidden_dim=128, **TEXT)),
     "toy": ("toy", ToyConfig),
 }
-BACKENDS = ("onnxruntime", "fake")
+BACKENDS = ("onnxruntime", "openvino", "fake")
 INTEGER = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
 ATTENTION = ("MultiHeadAttention", "QAttention")
 
@@ -83,6 +83,8 @@ def make_case(exports, name, backend):
         for parameter in model.parameters():  # HF starts biases at 0 and norms at 1: errors in them would not show
             parameter.add_(0.05 * torch.randn_like(parameter))
     backend = plugins.get("backends", backend)
+    if reason := backend.unavailable():
+        pytest.skip(reason)
     target = Target(device="cpu", backend=backend.name, workload=family.workload(config, 1, 8), session=backend.session())
     space = network.search_space(family, config, backend, target, "model")
     sites = sorted(w for s in family.segments(config) if s.scheme == "int8" for w in s.quantizable)
@@ -160,9 +162,10 @@ def test_lowering_leaves_the_blueprint_alone_and_repeats_itself(case):
     assert case.blueprint.model.SerializeToString(deterministic=True) == before
 
 
-def test_the_fake_backend_gets_standard_onnx_only(exports):
+@pytest.mark.parametrize("backend", ["fake", "openvino"])
+def test_some_backends_get_standard_onnx_only(exports, backend):
     for name in CASES:
-        case = make_case(exports, name, "fake")
+        case = make_case(exports, name, backend)
         assert {node.domain for node in case.lower(spaces.uniform(case.space)).graph.node} == {""}
 
 

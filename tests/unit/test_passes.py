@@ -293,6 +293,47 @@ def test_fused_attention_computes_the_same(rng, mask, scale, divide):
     assert np.abs(runtime(after, **feed)[0] - runtime(model, **feed)[0]).max() < 1e-4
 
 
+@pytest.mark.parametrize("scale", [0.5, 0.3])
+@pytest.mark.parametrize("mask", ["", "padding"])
+def test_expanded_attention_computes_the_same(rng, mask, scale):
+    model, shapes = attention_model(mask, scale)
+    after = apply("expand_attention", apply("fuse_attention", model, parameters=shapes), parameters=shapes)
+    assert {node.domain for node in after.graph.node} == {""}
+    assert kinds(after).count("Where") == bool(mask)
+    softmax = next(node for node in after.graph.node if node.op_type == "Softmax")
+    assert Graph(after).producer[softmax.input[0]].op_type == ("Add" if mask else "MatMul"), "the factor is the query's"
+    feed = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    feed["x"] = rng.standard_normal((2, 5, 8)).astype(np.float32)
+    if mask:
+        feed["attention_mask"] = np.int64([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    want = reference(model, **feed)[0]
+    np.testing.assert_allclose(reference(after, **feed)[0], want, atol=1e-4)  # outputs reach 30; float32 sums
+    if mask:
+        feed["attention_mask"] = np.ones((2, 5), np.int64)
+        assert np.abs(reference(after, **feed)[0] - want).max() > 1e-2, "the mask hides something"
+
+
+def test_expanded_attention_follows_the_heads_that_are_left(rng):
+    """One head of two: the first half of the rows, in a graph that was expanded before it was cut."""
+    model, shapes = attention_model("", 0.3)
+    after = apply("expand_attention", apply("fuse_attention", model, parameters=shapes), parameters=shapes)
+    feed = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    feed["x"] = rng.standard_normal((2, 5, 8)).astype(np.float32)
+    cut = feed | {f"{name}.{kind}": feed[f"{name}.{kind}"][:4] for name in "qkv" for kind in ("weight", "bias")}
+    cut["o.weight"] = feed["o.weight"][:, :4]
+    without = feed | {"o.weight": np.concatenate([cut["o.weight"], np.zeros((8, 4), np.float32)], axis=1)}
+    np.testing.assert_allclose(reference(after, **cut)[0], reference(model, **without)[0], atol=1e-4)  # float32 sums of terms near 10
+
+
+def test_attention_that_is_more_than_a_mask_is_not_expanded():
+    model, shapes = attention_model("padding")
+    fused = apply("fuse_attention", model, parameters=shapes)
+    attention = next(node for node in fused.graph.node if node.op_type == "MultiHeadAttention")
+    attention.input.append("a_bias_of_the_scores")
+    with pytest.raises(UnsupportedError, match="attention of an unknown form"):
+        apply("expand_attention", fused, parameters=shapes)
+
+
 def test_a_mask_that_hides_more_than_padding_is_refused():
     model, shapes = attention_model("causal")
     with pytest.raises(UnsupportedError, match="hides more than padded keys"):
