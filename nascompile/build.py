@@ -15,14 +15,17 @@ from nascompile.accuracy import Evaluator
 from nascompile.backends import Backend
 from nascompile.preprocess import Preprocessor
 from nascompile.quantization import ActivationRanges
-from nascompile.records import FLOAT16, Candidate, EngineManifest, Interval, Precision, SearchSpace, Target
+from nascompile.records import FLOAT16, INT8_SYMMETRIC, Candidate, EngineManifest, Interval, Precision, SearchSpace, Target
 from nascompile.supernet import Supernet, emulate, load_batches
 
 SAMPLE = 4
 """Calibration samples kept in the engine as its reference."""
-HALF_TOLERANCE, INTEGER_TOLERANCE = 0.05, 0.5
 FLOAT_TOLERANCE = 2e-3
 """Largest difference of FP32 logits between the network and its engine: orders of summation differ, nothing else does."""
+HALF_SHARE, INTEGER_SHARE = 0.02, 0.3
+"""Of the largest logit, what FP16 logits and those of an integer engine that nobody ran may differ by from the emulated network's. Of a
+6-layer MiniLM in ONNX Runtime FP16 differed by 0.1 %. Integers differed by 2 % at the median and 18 % at most, because float16 moves
+values across the edges of the grid; a wrong graph is further off."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def lower(parts: Parts, source: Source, point: Candidate, ranges: ActivationRang
 def build(
     parts: Parts, source: Source, point: Candidate, name: str, role: Any, predicted: Interval | None, folder: Path
 ) -> EngineManifest:
-    """The engine folder, whole or not at all. An FP32 engine must give the network's own logits on the sample, else RecordError."""
+    """The engine folder, whole or not at all. A float engine must give the network's own logits on the sample, else RecordError."""
     began = time.monotonic()
     net, ranges = source.net, source.evaluator.ranges(point)
     form = lower(parts, source, point, ranges)
@@ -90,7 +93,8 @@ def build(
 
 
 def _tolerance(precisions: set[Precision], emulated: Any) -> float:
-    """What a sample's logits may differ by; integers are compared with an emulation only where the engine was not run."""
-    if any(p.weights.kind == "int" for p in precisions) and emulated is not None:
-        return INTEGER_TOLERANCE
-    return HALF_TOLERANCE if FLOAT16 in precisions else FLOAT_TOLERANCE
+    """What a sample's logits may differ by. An integer engine without emulated logits is compared with itself."""
+    if emulated is None or precisions.isdisjoint((FLOAT16, INT8_SYMMETRIC)):
+        return FLOAT_TOLERANCE
+    share = INTEGER_SHARE if any(p.weights.kind == "int" for p in precisions) else HALF_SHARE
+    return share * max(1.0, float(np.abs(emulated).max()))
