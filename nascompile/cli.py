@@ -227,14 +227,15 @@ def build(
             "--candidate takes its settings from the run, all but --device and --backend",
             hint=f"nascompile build --out {folder} --candidate {candidate}",
         )
-    from nascompile import pipeline
+    from nascompile import engine as engines, pipeline
 
     with _progress(quiet) as progress, redirect_stdout(sys.stderr):
         engine = pipeline.build_candidate(
             folder, candidate, progress, device=given.get("device", ""), backend=given.get("backend", ""), precision=precision
         )
     if as_json:
-        return _print_json({"run": str(folder), "candidate": candidate, "engine": str(engine)})
+        executed = engines.read_manifest(engine).executed
+        return _print_json({"run": str(folder), "candidate": candidate, "engine": str(engine), "executed": executed})
     typer.echo(engine)
 
 
