@@ -33,7 +33,7 @@ LIGHT = (
     "data_sources", "preprocess", "cli", "progress", "processes", "targets", "engine", "run_template",
     "cuda_driver",
 )  # fmt: skip
-HEAVY = {"torch", "transformers", "onnxruntime", "tensorrt", "ray", "accelerate", "datasets"}
+HEAVY = {"torch", "transformers", "onnxruntime", "openvino", "tensorrt", "ray", "accelerate", "datasets"}
 
 
 def unit_of(path: Path) -> str:
