@@ -106,8 +106,18 @@ def run(recipe: Recipe, out: Path, *, until: str = STAGES[-1], progress: Progres
     if not team.leads:
         return _assist(team, out, given)
     with team.leading():
-        targets.make(recipe.device, recipe.backend, Workload(), recipe.threads)  # an unknown device is refused before any work
+        _check_target(recipe)
         _lead(team, recipe, out, until, progress, given)
+
+
+def _check_target(recipe: Recipe) -> None:
+    """Refuses, before any work, a device that is unknown and one that nothing can be searched for."""
+    target = targets.make(recipe.device, recipe.backend, Workload(), recipe.threads)
+    if isinstance(plugins.get("backends", target.backend), CrossCompiler):
+        raise UnsupportedError(
+            f"a search for `{target.device}` is not there yet: its precisions have no genes and no latency table",
+            hint=f"search on another device, then `nascompile build RUN --candidate N --device {target.device}`",
+        )
 
 
 def _lead(team: Team, recipe: Recipe, out: Path, until: str, progress: Progress, given: Given) -> None:

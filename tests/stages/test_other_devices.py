@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from nascompile import cli, engine, network, pipeline, plugins, records
+from nascompile import cli, cuda_driver, engine, network, pipeline, plugins, records
 from nascompile.errors import RecipeError, RecordError, UnsupportedError
 from nascompile.records import EngineManifest, Front, load
 from nascompile.settings import Recipe
@@ -55,9 +55,10 @@ def invoke(*arguments: object) -> Any:
 # ---------------------------------------------------------------------------------------------- the real TensorRT-RTX, no GPU
 
 
-def test_the_command_builds_for_a_gpu_that_is_not_here_and_says_so(run: Path, number: int) -> None:
+def test_the_command_builds_for_a_gpu_that_is_not_here_and_says_so(run: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if reason := plugins.get("backends", "tensorrt_rtx")._missing():
         pytest.skip(reason)
+    monkeypatch.setattr(cuda_driver, "library", lambda: None)  # where there is one, too
     done = invoke("build", run, "--candidate", number, "--device", GPU, "--json")
     assert done.exit_code == 0, done.stderr
     folder = run / "engines" / f"front-{number}-{GPU}"
@@ -219,6 +220,16 @@ def test_the_command_refuses(arguments: tuple[object, ...], says: str, run: Path
     assert says in done.stderr
     assert done.stderr.startswith("error: ")
     assert not (run / "engines").exists()
+
+
+def test_a_search_for_a_gpu_is_refused_before_any_work(elsewhere: Path, gpu: Any) -> None:
+    gpu()
+    for arguments in (("run", "--device", GPU), ("profile", "--device", GPU, "--backend", "tensorrt")):
+        done = invoke(*arguments, "--out", "new", "--quiet")
+        assert done.exit_code == 1
+        assert f"error: a search for `{GPU}` is not there yet" in done.stderr
+        assert f"nascompile build RUN --candidate N --device {GPU}" in done.stderr
+    assert not list(elsewhere.iterdir())
 
 
 def test_devices_that_are_not_here_say_why(gpu: Any) -> None:
