@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from nascompile import places, plugins
+from nascompile.backends import CrossCompiler
 from nascompile.devices import Device
 from nascompile.errors import NascompileError, RecipeError, UnsupportedError
 from nascompile.records import Record, Target, Workload, write_atomic
@@ -149,9 +150,17 @@ def _describe(name: str, profiles: Path | None) -> KnownDevice:
         profile = load_profile(name, profiles)
         plugin: Device = plugins.get("devices", profile.kind)
         reason = plugin.unavailable() or _backend_reason(profile)
+        if reason and (builders := _builders(name, profile, profiles)):
+            reason += f"; {', '.join(builders)} can build for it here"
     except NascompileError as error:
         return KnownDevice(name, "?", (), False, error.message)
     return KnownDevice(name, profile.kind, profile.backends, not reason, reason or plugin.describe())
+
+
+def _builders(name: str, profile: DeviceProfile, profiles: Path | None) -> list[str]:
+    """Backends that build for the device although it is not here."""
+    known = [b for b in profile.backends if b in plugins.names("backends") and isinstance(plugins.get("backends", b), CrossCompiler)]
+    return [b for b in known if not plugins.get("backends", b).unbuildable(make(name, b, Workload(), profiles=profiles))]
 
 
 def _backend_reason(profile: DeviceProfile) -> str:

@@ -238,6 +238,7 @@ def test_devices_that_are_not_here_say_why(gpu: Any) -> None:
     for name in ("rtx-4090", "rtx-5090", "h100"):
         assert not rows[name]["runs_here"]
         assert rows[name]["reason"].startswith("no CUDA device")
+        assert rows[name]["reason"].endswith("tensorrt_rtx can build for it here") is (name != "h100")
     assert "tensorrt_rtx" not in rows["h100"]["backends"]
     assert rows["cpu"]["backends"].count("tensorrt") == 0
     gpu()

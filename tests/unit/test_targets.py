@@ -54,6 +54,12 @@ def test_a_target_takes_defaults_from_profile_and_backend(elsewhere):
     assert targets.make("board", "absent", Workload(), threads=2, profiles=elsewhere / "mine").threads == 2
 
 
+def test_a_target_has_the_compute_capability_of_its_profile(elsewhere):
+    write(elsewhere / "mine", "card", 'kind = "cpu"\nbackends = ["quick"]\ncompute_capability = "8.9"')
+    made = targets.make("card", "", Workload(), session={"arena": "off"}, profiles=elsewhere / "mine")
+    assert made.session == (("arena", "off"), ("compute_capability", "8.9"), ("optimization", "all"))
+
+
 @pytest.mark.parametrize(
     ("device", "backend", "threads", "error", "says"),
     [
