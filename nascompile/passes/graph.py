@@ -51,7 +51,8 @@ class Graph:
 
     def value(self, name: str) -> Array:
         """Value of an initializer that is there."""
-        return numpy_helper.to_array(self.constants[name])
+        found: Array = numpy_helper.to_array(self.constants[name])
+        return found
 
     def add_constant(self, name: str, value: Array | np.generic) -> str:
         """The name, after storing the value under it; a name that is taken must hold the same value."""
