@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nascompile import plugins, records
-from nascompile.backends import Backend, Runner
+from nascompile.backends import Backend, CrossCompiler, Runner
 from nascompile.errors import DataError, RecordError, UnsupportedError
 from nascompile.families import InputSpec
 from nascompile.records import Candidate, EngineManifest, Interval, OperatorGraph, SearchSpace, Target
@@ -207,7 +207,9 @@ def verify(folder: Path) -> tuple[Check, ...]:
     if faults:
         raise RecordError(f"engine {manifest.name} is not as it was built: {folder}", detail="\n".join(faults), hint="build it again")
     inputs, expected = read_sample(folder)
-    if not manifest.executed and (reason := plugins.get("backends", manifest.target.backend).unrunnable(manifest.target)):
+    backend = plugins.get("backends", manifest.target.backend)
+    unrun = not manifest.executed and isinstance(backend, CrossCompiler)
+    if unrun and (reason := backend.unrunnable(manifest.target)):
         return (*checks, Check("sample", f"NOT RUN, neither here nor where it was built: {reason}"))
     difference = _compare(_runner(folder, manifest).run(inputs), expected, manifest.tolerance, str(folder))
     return (*checks, Check("sample", f"largest difference {difference:.2g}, accepted {manifest.tolerance:.2g}"))

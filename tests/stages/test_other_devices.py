@@ -159,6 +159,9 @@ def test_manifests_from_before_are_of_engines_that_were_run(run: Path, number: i
     (folder / "manifest.json").write_text(json.dumps(body))
     assert load(folder / "manifest.json", EngineManifest).executed
     assert "largest difference" in engine.verify(folder)[-1].detail
+    body["data"]["executed"] = False  # a claim that the backend could not have made does not spare the sample
+    (folder / "manifest.json").write_text(json.dumps(body))
+    assert "largest difference" in engine.verify(folder)[-1].detail
 
 
 # ---------------------------------------------------------------------------------------------- what is refused
