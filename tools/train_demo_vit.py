@@ -46,7 +46,7 @@ class Settings:
     weight_decay: float = 0.05
     warmup_epochs: int = 10
     label_smoothing: float = 0.1
-    drop_path: float = 0.1
+    drop_path: float = 0.2
     erase_probability: float = 0.25
     ema_decay: float = 0.999
 
