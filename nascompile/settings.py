@@ -158,9 +158,9 @@ def demo_recipe() -> Recipe:
     """The embedded vision transformer on its Fashion-MNIST subset: less than five minutes on two cores."""
     return Recipe(
         model=DEMO,
-        budgets=Budgets(max_drop=1.0),
+        budgets=Budgets(max_drop=0.5),
         finetune=FinetuneSettings(epochs=2, batch_size=64, supernet_learning_rate=2e-5),
-        search=SearchSettings(evaluations=44, validation_samples=1000),
+        search=SearchSettings(evaluations=44),
         measure=MeasureSettings(top_k=3, seconds=2.0, batches=(1, 8)),
         profile_seconds=20.0,
     )

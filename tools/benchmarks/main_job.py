@@ -52,7 +52,7 @@ def recipe_of(task: str, cache: Path) -> Recipe:
             Recipe(
                 model=demo.model, budgets=demo.budgets, measure=MEASURE, profile_seconds=demo.profile_seconds,
                 finetune=msgspec.structs.replace(demo.finetune, control=True),
-                search=SearchSettings(evaluations=56, validation_samples=1000),
+                search=SearchSettings(evaluations=56),
             )
         )  # fmt: skip
     return check(
