@@ -72,10 +72,12 @@ def _core(graph: Graph, softmax: onnx.NodeProto, context: PassContext) -> _Core:
     scores = _before(graph, softmax.input[0])
     while scores.op_type != "MatMul":
         if scores.op_type == "Add" and not mask:
-            mask = next((t for t in scores.input if _made_by(graph, t) not in _SCORES and _reads_mask(graph, t)), "")
-            if not mask:
+            added = next((t for t in scores.input if _made_by(graph, t) not in _SCORES), "")
+            if added and _reads_mask(graph, added):
+                mask = added
+            elif not added or not _adds_nothing(graph, added, context):
                 raise UnsupportedError(f"attention adds something that is no padding mask: {scores.name}")
-            following = next(t for t in scores.input if t != mask)
+            following = next(t for t in scores.input if t != added)
         elif scores.op_type in ("Mul", "Div"):
             following, factor = _scalar(graph, scores)
             scale *= factor
@@ -163,27 +165,49 @@ def _reads_mask(graph: Graph, tensor: str) -> bool:
     return any(MASK in node.input for node in graph.ancestors([tensor]))
 
 
-def _check_mask(graph: Graph, tensor: str) -> None:
-    """Run the mask arithmetic on an example: it must hide padded keys from every query, and nothing else."""
+def _adds_nothing(graph: Graph, tensor: str, context: PassContext) -> bool:
+    """Whether it is zero whatever the inputs hold: a network without padding is traced with a mask by some versions of transformers."""
+    if (constant := graph.constant(tensor)) is not None:
+        return not np.any(constant)
+    inputs = {value.name for value in graph.model.graph.input} | set(context.parameters)
+    waiting = [tensor]
+    while waiting:
+        name = waiting.pop()
+        node = graph.producer.get(name)
+        if name in inputs:
+            return False  # depends on what an input holds
+        if node is not None and node.op_type != "Shape":  # a shape is the same whatever the input holds
+            waiting.extend(node.input)
+    return not np.any(_example(graph, tensor, {}))
+
+
+def _example(graph: Graph, tensor: str, known: dict[str, Array]) -> Array:
+    """The tensor for two samples of three tokens, all inputs zero but the known ones."""
     from onnx.reference import ReferenceEvaluator
 
     nodes = graph.ancestors([tensor])
     used = {name for node in nodes for name in node.input}
     inputs = [value for value in graph.model.graph.input if value.name in used]
-    padding = np.array([[1, 1, 1], [1, 0, 0]], np.int64)
     feed: dict[str, Array] = {}
     for value in inputs:
         shape = [d.dim_value or {"batch": 2}.get(d.dim_param, 3) for d in value.type.tensor_type.shape.dim]
-        feed[value.name] = np.zeros(shape, onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
-    feed[MASK] = padding.astype(feed[MASK].dtype)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        feed[value.name] = known[value.name].astype(dtype) if value.name in known else np.zeros(shape, dtype)
     result = onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None)
     constants = [graph.constants[name] for name in used if name in graph.constants]
     part = onnx.helper.make_model(
-        onnx.helper.make_graph(nodes, "mask", inputs, [result], constants), opset_imports=list(graph.model.opset_import)
+        onnx.helper.make_graph(nodes, "example", inputs, [result], constants), opset_imports=list(graph.model.opset_import)
     )
-    (mask,) = ReferenceEvaluator(part).run(None, feed)
+    (value,) = ReferenceEvaluator(part).run(None, feed)
+    return np.asarray(value)
+
+
+def _check_mask(graph: Graph, tensor: str) -> None:
+    """Run the mask arithmetic on an example: it must hide padded keys from every query, and nothing else."""
+    padding = np.array([[1, 1, 1], [1, 0, 0]], np.int64)
+    mask = _example(graph, tensor, {MASK: padding})
     hidden = np.broadcast_to(padding[:, None, None, :] == 0, (2, 1, 3, 3))
-    mask = np.broadcast_to(np.asarray(mask), hidden.shape)
+    mask = np.broadcast_to(mask, hidden.shape)
     if not np.array_equal(mask == 0, ~hidden) or not (mask[hidden] < -1e4).all():
         raise UnsupportedError(f"attention mask hides more than padded keys: {tensor}", hint="only bidirectional encoders are handled")
 

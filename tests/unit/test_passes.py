@@ -353,3 +353,26 @@ def test_something_else_added_to_the_scores_is_refused(rng):
 def test_parameter_names_survive_every_suffix():
     for suffix in ("", ".T", ".int8", ".T.int8", ".T.u8.int8", ".T.scale", ".T.zero_point", ".scale"):
         assert parameter_of(f"layers.0.fc.weight{suffix}") == "layers.0.fc.weight"
+
+
+@pytest.mark.parametrize(("source", "value", "fused"), [("Shape", 0.0, True), ("Shape", 1.0, False), ("x", 0.0, False)])
+def test_only_a_mask_that_is_zero_whatever_the_inputs_hold_goes(source, value, fused):
+    """Some versions of transformers trace a network without padding with a mask made from the shape of its input."""
+    model, shapes = attention_model()
+    n = helper.make_node
+    made = [n("Shape", ["x"], ["xs"]), n("Gather", ["xs", "one"], ["size"]), n("Expand", ["added", "size"], ["all"])]
+    made = made if source == "Shape" else [n("ReduceMax", ["x"], ["most"], keepdims=0), n("Mul", ["most", "added"], ["all"])]
+    for node in model.graph.node:
+        if node.op_type == "Softmax":
+            node.input[0] = "masked"
+    model.graph.node.extend([*made, n("Add", ["s1", "all"], ["masked"])])
+    model.graph.initializer.append(numpy_helper.from_array(np.int64([1]), "one"))
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(value), "added"))
+    model = Graph(model).finish()
+    if not fused:
+        with pytest.raises(UnsupportedError, match="no padding mask"):
+            apply("fuse_attention", model, parameters=shapes)
+        return
+    after = kinds(apply("fuse_attention", model, parameters=shapes))
+    assert "MultiHeadAttention" in after
+    assert "Expand" not in after
