@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,17 @@ from nascompile.accuracy import Evaluator
 from nascompile.backends import Backend
 from nascompile.preprocess import Preprocessor
 from nascompile.quantization import ActivationRanges
-from nascompile.records import FLOAT16, INT8_SYMMETRIC, Candidate, EngineManifest, Interval, Precision, SearchSpace, Target
+from nascompile.records import (
+    FLOAT16,
+    INT8_SYMMETRIC,
+    Candidate,
+    EngineManifest,
+    Interval,
+    Precision,
+    SearchSpace,
+    Target,
+    Variant,
+)
 from nascompile.supernet import Supernet, emulate, load_batches
 
 SAMPLE = 4
@@ -23,7 +33,8 @@ SAMPLE = 4
 FLOAT_TOLERANCE = 2e-3
 """Largest difference of FP32 logits between the network and its engine: orders of summation differ, nothing else does."""
 HALF_SHARE, INTEGER_SHARE = 0.02, 0.3
-"""Of the largest logit, what FP16 logits and those of an integer engine that nobody ran may differ by from the emulated network's. Of a
+"""Of the largest logit, what FP16 logits may differ by from the emulated network's, and those of an integer engine that nobody ran or that
+another backend built. Of a
 6-layer MiniLM in ONNX Runtime FP16 differed by 0.1 %. Integers differed by 2 % at the median and 18 % at most, because float16 moves
 values across the edges of the grid; a wrong graph is further off."""
 
@@ -64,15 +75,52 @@ def lower(parts: Parts, source: Source, point: Candidate, ranges: ActivationRang
     return lowering.lower(blueprint, net.family, net.config, parts.space, point, parts.target, weights, ranges, parts.backend)
 
 
+def aimed(parts: Parts, point: Candidate, target: Target, backend: Backend) -> tuple[Parts, Candidate]:
+    """The same candidate with the same precisions, to be built for another target."""
+    space, moved = network.moved(parts.space, point, target)
+    return replace(parts, space=space, target=target, backend=backend), moved
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The reference sample's inputs, what the emulated network makes of them, and how near to that any backend must come."""
+
+    inputs: Mapping[str, Any]
+    logits: Any
+    tolerance: float
+    precisions: tuple[Precision, ...]
+    """Of the candidate's blocks."""
+
+
+def expected(parts: Parts, source: Source, point: Candidate, ranges: ActivationRanges) -> Expected:
+    """What every backend's engine of the candidate is compared with."""
+    net = source.net
+    graph = network.graph(net.family, net.config, parts.space, point, parts.target)
+    precisions = tuple(dict.fromkeys(node.operator.precision for node in graph.nodes))
+    batches = _sample(parts)
+    logits = emulate(net, parts.space, point, parts.target.id, batches, ranges)[0]
+    quantized = any(precision.weights.kind == "int" for precision in precisions)
+    tolerance = INTEGER_SHARE * max(1.0, float(np.abs(logits).max())) if quantized else _tolerance(set(precisions), logits)
+    return Expected({key: value.numpy() for key, value in batches[0][0].items()}, logits, tolerance, precisions)
+
+
+def _sample(parts: Parts) -> Any:
+    return load_batches(parts.sample, np.arange(min(SAMPLE, len(parts.sample))), SAMPLE)
+
+
 def build(
-    parts: Parts, source: Source, point: Candidate, name: str, role: Any, predicted: Interval | None, folder: Path
-) -> EngineManifest:
-    """The engine folder, whole or not at all. A float engine must give the network's own logits on the sample, else RecordError."""
+    parts: Parts, source: Source, point: Candidate, name: str, role: Any, predicted: Interval | None, folder: Path,
+    ranges: ActivationRanges | None = None, variants: tuple[Variant, ...] = (),
+) -> EngineManifest:  # fmt: skip
+    """The engine folder, whole or not at all. A float engine must give the network's own logits on the sample, else RecordError.
+
+    `ranges`: where the candidate's are known. `variants`: what this was chosen from.
+    """
     began = time.monotonic()
-    net, ranges = source.net, source.evaluator.ranges(point)
+    net, ranges = source.net, ranges or source.evaluator.ranges(point)
     form = lower(parts, source, point, ranges)
     graph = network.graph(net.family, net.config, parts.space, point, parts.target)
-    batches = load_batches(parts.sample, np.arange(min(SAMPLE, len(parts.sample))), SAMPLE)
+    batches = _sample(parts)
     precisions = {node.operator.precision for node in graph.nodes}
     quantized = any(precision.weights.kind == "int" for precision in precisions)
     # an integer engine may round another way where the emulation sits on an edge; its own outputs are its reference if it can give any
@@ -86,7 +134,7 @@ def build(
             preprocessing=parts.preprocessor.files(), candidate=point, executed=not parts.unrun, remarks=parts.unrun,
             space=parts.space, graph=graph, predicted=predicted, table_digest=parts.table_digest,
             weights_digest=source.evaluator.weights_digest,
-            versions=(*parts.backend.versions(), ("nascompile", __version__)), build_seconds=time.monotonic() - began,
+            versions=(*parts.backend.versions(), ("nascompile", __version__)), build_seconds=time.monotonic() - began, variants=variants,
         ),
         parts.backend,
     )  # fmt: skip

@@ -116,7 +116,7 @@ FLAGS = {
     ),
     "Device": (
         Flag("--device", "device", str, "Device to compile for; `nascompile devices` lists them.", "NAME"),
-        Flag("--backend", "backend", str, "Runtime; default: the device's first.", "NAME"),
+        Flag("--backend", "backend", str, "Runtime; default: the device's first; auto: built with all, the fastest kept.", "NAME"),
         Flag("--threads", "threads", int, "Threads of one engine.", "N"),
         Flag("--tables", "tables", str, "Folder of latency tables looked into first, or the one table to use.", "FOLDER|FILE"),
         Flag("--allow-foreign", "allow_foreign", bool, "Use the table that --tables names although it was taken in another environment."),
@@ -140,6 +140,7 @@ FLAGS = {
         Flag("--searcher", "search.searcher", str, "nsga2, random, …", "NAME"),
         Flag("--evaluations", "search.evaluations", int, "Candidates scored at most.", "N"),
         Flag("--top-k", "measure.top_k", int, "Candidates built and measured.", "N"),
+        Flag("--tune-session/--no-tune-session", "measure.tune_session", bool, "Choose every engine's session settings by timing them."),
     ),
 }
 """Help panel ▸ flags."""
@@ -222,17 +223,18 @@ def build(
         raise RecipeError(f"--precision {precision} is for one --candidate", hint="a run's precisions are searched")
     if candidate is None:
         return _print_stage(folder, "build", as_json) if _run(chosen, folder, "build", quiet) else None
-    if recipe or given.keys() - {"device", "backend"}:
+    if recipe or given.keys() - {"device", "backend", "measure.tune_session"}:
         raise RecipeError(
-            "--candidate takes its settings from the run, all but --device and --backend",
+            "--candidate takes its settings from the run, all but --device and --backend and --tune-session",
             hint=f"nascompile build --out {folder} --candidate {candidate}",
         )
     from nascompile import engine as engines, pipeline
 
     with _progress(quiet) as progress, redirect_stdout(sys.stderr):
         engine = pipeline.build_candidate(
-            folder, candidate, progress, device=given.get("device", ""), backend=given.get("backend", ""), precision=precision
-        )
+            folder, candidate, progress, device=given.get("device", ""), backend=given.get("backend", ""), precision=precision,
+            tune_session=given.get("measure.tune_session"),
+        )  # fmt: skip
     if as_json:
         executed = engines.read_manifest(engine).executed
         return _print_json({"run": str(folder), "candidate": candidate, "engine": str(engine), "executed": executed})
@@ -335,6 +337,8 @@ def _print_closing(out: Path) -> None:
 
     # a pipe has no width of its own; 80 columns would break the rows
     Console(width=None if sys.stdout.isatty() else 160).print(report.closing_table(out))
+    for line in report.variant_lines(out):
+        typer.echo(line)
     if engine := report.summary(out).get("engine"):
         typer.echo(f"engine: {engine}")
     typer.echo(f"report: {out / 'report.html'}")

@@ -27,7 +27,7 @@ from nascompile import plugins, records
 from nascompile.backends import Backend, CrossCompiler, Runner
 from nascompile.errors import DataError, RecordError, UnsupportedError
 from nascompile.families import InputSpec
-from nascompile.records import Candidate, EngineManifest, Interval, OperatorGraph, SearchSpace, Target
+from nascompile.records import Candidate, EngineManifest, Interval, OperatorGraph, SearchSpace, Target, Variant
 
 if TYPE_CHECKING:
     from nascompile.preprocess import Preprocessor
@@ -72,6 +72,8 @@ class Parts:
     executed: bool = True
     """False: there is nothing here to run it on; `expected` must be given and is believed."""
     remarks: tuple[str, ...] = ()
+    variants: tuple[Variant, ...] = ()
+    """What it was chosen from."""
 
 
 class Check(NamedTuple):
@@ -124,7 +126,7 @@ def _fill(work: Path, parts: Parts, backend: Backend) -> EngineManifest:
         precision_counts=tuple(sorted(Counter(node.operator.precision.name for node in blocks).items())),
         table_digest=parts.table_digest, weights_digest=parts.weights_digest, versions=parts.versions, tolerance=parts.tolerance,
         size_bytes=sum((work / name).stat().st_size for name in graphs), parameters=sum(node.parameters for node in blocks),
-        build_seconds=parts.build_seconds, executed=parts.executed, remarks=parts.remarks,
+        build_seconds=parts.build_seconds, executed=parts.executed, remarks=parts.remarks, variants=parts.variants,
     )  # fmt: skip
     records.save(manifest, work / MANIFEST)
     return manifest

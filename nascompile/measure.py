@@ -13,7 +13,7 @@ from nascompile import plugins
 from nascompile.data import Split
 from nascompile.devices import Device, Job
 from nascompile.progress import Progress
-from nascompile.records import Measurement, Quantity, Target, save
+from nascompile.records import Measurement, Quantity, save
 from nascompile.scoring import Loaded, score_engine
 from nascompile.settings import MeasureSettings
 
@@ -24,13 +24,11 @@ LATENCY_SECONDS = 2.0
 
 
 def measure(
-    folders: Sequence[Path], device: Device, target: Target, validation: Split, task: Any, metric: str, settings: MeasureSettings,
-    seed: int, out: Path, progress: Progress,
+    folders: Sequence[Path], device: Device, validation: Split, task: Any, metric: str, settings: MeasureSettings, seed: int, out: Path,
+    progress: Progress,
 ) -> tuple[Measurement, ...]:  # fmt: skip
     """One Measurement per engine folder, in their order; scores are kept as they come, timings are taken together."""
     engines = [Loaded.open(folder) for folder in folders]
-    backend = plugins.get("backends", target.backend)
-    environment = device.environment(target, backend.versions())
     scores = []
     for number, engine in enumerate(engines):
         scores.append(score_engine(engine, validation, task, metric, out / "scores"))
@@ -42,6 +40,8 @@ def measure(
     rates = _throughput(engines, device, validation, settings, seed, progress)
     found = []
     for engine, latency, rate, score in zip(engines, latencies, rates, scores, strict=True):
+        target = engine.manifest.target
+        environment = device.environment(target, plugins.get("backends", target.backend).versions())
         peak = device.peak_memory(target.backend, str(engine.folder), target, one)
         measurement = Measurement(
             engine=engine.manifest.name, latency=latency, throughput=rate, peak_memory_bytes=peak, environment=environment, score=score

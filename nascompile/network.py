@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from nascompile import plugins, space as spaces
 from nascompile.backends import Backend
 from nascompile.errors import RecipeError, UnsupportedError
@@ -185,6 +187,13 @@ def retarget(
     )  # fmt: skip
     fixed = {gene.name: gene.choices[0] for gene in genes if gene.kind == "precision"}
     return other, spaces.candidate(other, spaces.genome(space, point) | fixed)
+
+
+def moved(space: SearchSpace, point: Candidate, target: Target) -> tuple[SearchSpace, Candidate]:
+    """The same point with the same precisions, its genes keyed by another target: one of another backend or with another session."""
+    other = msgspec.structs.replace(space, targets=(target.id,))
+    genes = dict(point.precision)[space.targets[0]]
+    return other, msgspec.structs.replace(point, space=other.id, precision=((target.id, genes),))
 
 
 def _chosen(space: SearchSpace, point: Candidate, segment: Segment, backend: Backend, precision: str) -> Precision:

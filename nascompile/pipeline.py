@@ -35,6 +35,7 @@ from nascompile import (
     rerank,
     scoring,
     targets,
+    variants,
 )
 from nascompile.accuracy import Evaluator, best_method
 from nascompile.backends import CrossCompiler
@@ -44,6 +45,7 @@ from nascompile.families.encoder import quiet
 from nascompile.preprocess import Preprocessor
 from nascompile.processes import ALONE, Team, join
 from nascompile.progress import Progress, Silent
+from nascompile.quantization import ActivationRanges
 from nascompile.records import (
     Candidate,
     Choice,
@@ -57,6 +59,7 @@ from nascompile.records import (
     SearchSpace,
     StageDone,
     Target,
+    Variant,
     Workload,
     digest,
     encode,
@@ -176,12 +179,18 @@ class Context:
             ),
             "finetune": lambda: self._training_inputs(),
             "search": lambda: (after["finetune"], after["profile"], r.search, r.budgets, r.seed),
-            "build": lambda: (after["search"], r.measure.top_k, r.measure.safety),
-            "measure": lambda: (after["build"], r.measure, r.seed),
+            "build": lambda: (after["search"], r.measure.top_k, r.measure.safety, *self._rivalry()),
+            "measure": lambda: (after["build"], _without(r.measure, "tune_session"), r.seed),
             "rerank": lambda: (after["measure"], r.budgets, r.measure.safety),
             "report": lambda: (after, r),
         }
         return read[stage]()
+
+    def _rivalry(self) -> tuple[Any, ...]:
+        """What else engines depend on where variants of them are compared; nothing where they are not."""
+        names = self.rivals if self.recipe.backend == targets.AUTO else ()
+        versions = tuple(plugins.get("backends", name).versions() for name in names)
+        return (names, versions, self.recipe.measure.tune_session) if self.compares else ()
 
     def _training_inputs(self) -> tuple[Any, ...]:
         """What trained weights depend on; if it changes they are trained again from the start."""
@@ -246,6 +255,16 @@ class Context:
     def target(self) -> Target:
         workload = self.family.workload(models.read_config(self.model_folder), 1, self.manifest.max_length)
         return targets.make(self.recipe.device, self.recipe.backend, workload, self.recipe.threads)
+
+    @cached_property
+    def rivals(self) -> tuple[str, ...]:
+        """Backends that every engine is built with, the search's own first."""
+        return targets.runnable(self.recipe.device) if self.recipe.backend == targets.AUTO else (self.target.backend,)
+
+    @property
+    def compares(self) -> bool:
+        """Whether engines are chosen among variants."""
+        return self.recipe.backend == targets.AUTO or self.recipe.measure.tune_session
 
     @cached_property
     def device(self) -> Any:
@@ -421,7 +440,7 @@ class Context:
             folder = self.out / "engines" / name
             predicted = self.pricing(point)[1]
             if not self._built(folder, source, point):
-                build.build(self.parts, self.sources[source], point, name, role, predicted, folder)
+                self.make(self.parts, self.sources[source], point, name, role, predicted, folder)
             if role == "candidate":
                 self._store_subnet(name, point)
             written.append(folder / "manifest.json")
@@ -442,18 +461,72 @@ class Context:
         folder.parent.mkdir(exist_ok=True)
         finetune.store_model(Supernet(self.family, small), folder, {"candidate.json": point})
 
+    def make(
+        self, parts: build.Parts, source: build.Source, point: Candidate, name: str, role: str, predicted: Any, folder: Path
+    ) -> EngineManifest:
+        """The engine of a candidate: as it comes, or the best of its variants where the recipe asks for a comparison."""
+        if not self.compares:
+            return build.build(parts, source, point, name, role, predicted, folder)
+        ranges = source.evaluator.ranges(point)
+        target, tried = self._compare(parts, source, point, ranges, predicted)
+        self.progress.note(f"{name}: {variants.describe(tried)}")
+        predicted = predicted if target == parts.target else None
+        parts, point = build.aimed(parts, point, target, plugins.get("backends", target.backend))
+        return build.build(parts, source, point, name, role, predicted, folder, ranges, tried)
+
+    def _compare(
+        self, parts: build.Parts, source: build.Source, point: Candidate, ranges: ActivationRanges, predicted: Any
+    ) -> tuple[Target, tuple[Variant, ...]]:
+        """The target that the candidate runs best on, and what was tried."""
+        want = build.expected(parts, source, point, ranges)
+        inputs = parts.sample.take(np.arange(parts.target.workload.batch) % len(parts.sample)).arrays()
+        check = variants.Check(want.inputs, want.logits, want.tolerance)
+        with tempfile.TemporaryDirectory(prefix=".variants.", suffix=".part", dir=self.out) as scratch:
+            contenders = [self._contender(name, parts, source, point, ranges, predicted) for name in self.rivals]
+            seed, folder = self.recipe.seed, Path(scratch)
+            kept, tried = variants.choose(contenders, want.precisions, check, inputs, self.device, folder, seed)
+            target = kept.contender.target
+            if self.recipe.measure.tune_session:
+                own = variants.Check(want.inputs, next(iter(kept.runner.run(want.inputs).values())), build.FLOAT_TOLERANCE)
+                target, settings = variants.tune(kept, own, inputs, self.device, seed)
+                tried += settings
+        return target, tried
+
+    def _contender(
+        self, name: str, parts: build.Parts, source: build.Source, point: Candidate, ranges: ActivationRanges, predicted: Any
+    ) -> variants.Contender:
+        if name == parts.target.backend:
+            return variants.Contender(parts.target, parts.backend, lambda: build.lower(parts, source, point, ranges), predicted)
+        backend = plugins.get("backends", name)
+        target = targets.make(self.recipe.device, name, parts.target.workload, parts.target.threads)
+        other, moved = build.aimed(parts, point, target, backend)
+        return variants.Contender(target, backend, lambda: build.lower(other, source, moved, ranges))
+
     def _built(self, folder: Path, source: str, point: Any) -> bool:
+        return self.is_built(folder, self.space, point, self.sources[source].evaluator.weights_digest, digest(self.table))
+
+    def is_built(self, folder: Path, space: SearchSpace, point: Candidate, weights_digest: str, table_digest: str) -> bool:
+        """Whether a folder holds the candidate's engine, made from these weights and compared as the recipe asks for."""
         if not (folder / "manifest.json").is_file():
             return False
-        manifest = load(folder / "manifest.json", EngineManifest)
-        same = (point, self.sources[source].evaluator.weights_digest, digest(self.table), self.target)
-        return (manifest.candidate, manifest.weights_digest, manifest.table_digest, manifest.target) == same
+        m = load(folder / "manifest.json", EngineManifest)
+        same = (network.moved(space, point, m.target)[1], weights_digest, table_digest)
+        return (m.candidate, m.weights_digest, m.table_digest) == same and self._compared(m)
+
+    def _compared(self, m: EngineManifest) -> bool:
+        """Whether an engine's target is the run's own or was found as the recipe asks for."""
+        if not self.compares:
+            return m.target == self.target
+        plain = msgspec.structs.replace(m.target, backend=self.target.backend, session=self.target.session)
+        tuned = any(v.setting for v in m.variants)
+        could = bool(plugins.get("backends", m.target.backend).tunable) and self.recipe.measure.tune_session
+        return plain == self.target and {v.backend for v in m.variants} == set(self.rivals) and tuned == could
 
     def _measure(self) -> list[Path]:
         folders = [self.out / Path(name).parent for name, _ in self.done["build"].files]
         out, validation = self.out / "measurements", self.split("validation", "scores of engine files")
         measured = measure.measure(
-            folders, self.device, self.target, validation, self.task, self.metric, self.recipe.measure, self.recipe.seed, out, self.progress
+            folders, self.device, validation, self.task, self.metric, self.recipe.measure, self.recipe.seed, out, self.progress
         )
         pairs = self._agreement(validation, out / "agreement")
         write_atomic(self.out / "agreement.json", msgspec.json.format(encode(measure.agreement(pairs)), indent=1))
@@ -514,14 +587,17 @@ class Context:
 
 
 def build_candidate(
-    out: Path, number: int, progress: Progress | None = None, device: str = "", backend: str = "", precision: str = network.AS_SEARCHED
-) -> Path:
+    out: Path, number: int, progress: Progress | None = None, device: str = "", backend: str = "", precision: str = network.AS_SEARCHED,
+    tune_session: bool | None = None,
+) -> Path:  # fmt: skip
     """Build candidate `number` (from 1, cheapest first) of a finished front into `engines/front-<number>`; its folder.
 
     `device`, `backend`, `precision`: for another target than the run's, into `engines/front-<number>-<device>`, say. Its device need
-    not be here if the backend can do without it; the manifest then says that the engine was not run.
+    not be here if the backend can do without it; the manifest then says that the engine was not run. `tune_session`: None: as in the run.
     """
     recipe = load(out / "recipe.json", Recipe)  # before the lock, which would make the folder
+    if tune_session is not None:
+        recipe = _tuned(recipe, tune_session)
     with _locked(out):
         front = load(out / "front.json", Front)
         if not 1 <= number <= len(front.evaluations):
@@ -536,13 +612,17 @@ def build_candidate(
         context = Context(recipe, out, progress or Silent(), Given())
         folder = out / "engines" / name
         if not context._built(folder, "supernet", e.candidate):
-            build.build(context.parts, context.sources["supernet"], e.candidate, name, "candidate", e.latency, folder)
+            context.make(context.parts, context.sources["supernet"], e.candidate, name, "candidate", e.latency, folder)
         return folder
 
 
 def _build_elsewhere(context: Context, searched: Evaluation, folder: Path, precision: str) -> Path:
     """The engine of a candidate for the context's target, which is not the one it was searched for; nothing predicts its latency."""
     unrun = _unrun(context.target, context.backend)
+    if unrun and context.recipe.backend == targets.AUTO:
+        raise UnsupportedError(f"what cannot run here cannot be chosen by measuring: {unrun}", hint="name a --backend")
+    if unrun:  # nor can its session be tuned
+        context.recipe = _tuned(context.recipe, False)
     context.space, point = network.retarget(
         context.family, context.config, context.space, searched.candidate, context.backend, context.target, precision
     )
@@ -551,15 +631,14 @@ def _build_elsewhere(context: Context, searched: Evaluation, folder: Path, preci
     context.progress.note(
         f"{context.metric} of the emulated network on validation: {score.value:.2f}, {searched.score.value:.2f} as it was searched"
     )
-    if (folder / "manifest.json").is_file():
+    if context.is_built(folder, context.space, point, evaluator.weights_digest, ""):
         m = load(folder / "manifest.json", EngineManifest)
-        versions = (*context.backend.versions(), ("nascompile", nascompile.__version__))
-        same = (point, evaluator.weights_digest, context.target, versions, not unrun)
-        if (m.candidate, m.weights_digest, m.target, m.versions, m.executed) == same:
+        versions = (*plugins.get("backends", m.target.backend).versions(), ("nascompile", nascompile.__version__))
+        if (m.versions, m.executed) == (versions, not unrun):
             return folder
     remarks = (f"built, not run: {unrun}", context.backend.unrun_remark) if unrun else ()
     parts = replace(context.parts, table_digest="", unrun=remarks)
-    build.build(parts, build.Source(evaluator.net, evaluator), point, folder.name, "candidate", None, folder)
+    context.make(parts, build.Source(evaluator.net, evaluator), point, folder.name, "candidate", None, folder)
     for remark in remarks:
         context.progress.note(remark)
     return folder
@@ -588,7 +667,7 @@ def plan(recipe: Recipe, out: Path) -> list[dict[str, Any]]:
         "profile": f"time every operator of the space on `{recipe.device}`, unless a table of this machine is known",
         "finetune": f"{f.recipe}: {f.epochs} epochs of the super-network after up to {f.teacher_epochs} of a teacher",
         "search": f"{s.searcher}: up to {s.evaluations} candidates scored on validation",
-        "build": f"{engines} engines: baseline, uniform INT8, {m.top_k} candidates",
+        "build": f"{engines} engines: baseline, uniform INT8, {m.top_k} candidates" + _compared_as(recipe),
         "measure": f"{engines} engines side by side: latency, throughput at batch {', '.join(map(str, m.batches))}, memory, accuracy",
         "rerank": "choose by what was measured, then read test once",
         "report": "HTML, Markdown and JSON",
@@ -603,6 +682,22 @@ def plan(recipe: Recipe, out: Path) -> list[dict[str, Any]]:
         {"stage": stage, "what": what[stage], "done": stage in finished, "minutes": minutes.get(stage), "disk_mb": disk.get(stage)}
         for stage in STAGES
     ]
+
+
+def _tuned(recipe: Recipe, yes: bool) -> Recipe:
+    return msgspec.structs.replace(recipe, measure=msgspec.structs.replace(recipe.measure, tune_session=yes))
+
+
+def _compared_as(recipe: Recipe) -> str:
+    """What a plan says of the variants."""
+    said = ["by every backend that runs here"] * (recipe.backend == targets.AUTO)
+    said += ["with its session settings tried"] * recipe.measure.tune_session
+    return f"; each {', '.join(said)}" if said else ""
+
+
+def _without(settings: Record, name: str) -> dict[str, Any]:
+    """A record's fields but one, which is written down with another stage."""
+    return {key: value for key, value in msgspec.structs.asdict(settings).items() if key != name}
 
 
 def _shareable(config: Any) -> dict[str, Any]:

@@ -342,6 +342,25 @@ class Front(Record, frozen=True):
     """(candidates scored, hypervolume) as the search went on."""
 
 
+class Variant(Record, frozen=True):
+    """One way to build or to run an engine that was tried: how long a call took, and why it was not kept."""
+
+    backend: str
+    session: tuple[tuple[str, str], ...] = ()
+    """All session settings it was timed with."""
+    setting: str = ""
+    """`name=value` that was tried on top of what had been kept until then; empty: the backend as it comes."""
+    latency: Quantity | None = None
+    """ms per call at the target's workload, timed side by side with the others; None: it never ran."""
+    ratio: Interval | None = None
+    """Latency over that of what had been kept until then, where it was worth a second look."""
+    predicted: Interval | None = None
+    """What the latency table said, where this is what the table is for."""
+    kept: bool = False
+    reason: str = ""
+    """Why it was not kept; empty: it was."""
+
+
 class EngineManifest(Record, frozen=True):
     """`manifest.json` of an engine folder; file hashes cover every other file of the folder."""
 
@@ -373,6 +392,8 @@ class EngineManifest(Record, frozen=True):
     """False: built, not run. It was built where its device is not, so its sample holds what the emulated network computes."""
     remarks: tuple[str, ...] = ()
     """What a reader must know about how it was built, a sentence each."""
+    variants: tuple[Variant, ...] = ()
+    """What was tried before this was kept: backends, then session settings; empty where nothing was compared."""
 
 
 class Measurement(Record, frozen=True):

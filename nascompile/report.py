@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from nascompile import journal
+from nascompile import journal, variants
 from nascompile.errors import RecordError
 from nascompile.records import (
     Candidate,
@@ -48,6 +48,7 @@ from nascompile.records import (
     Score,
     StageDone,
     TestResult,
+    Variant,
     load,
     write_atomic,
 )
@@ -104,6 +105,11 @@ def closing_table(run: Path) -> Table:
             number(e["size_bytes"] / 1e6), _score(e["validation"]), _score(e["test"]), style="bold" if e["chosen"] else "",
         )  # fmt: skip
     return table
+
+
+def variant_lines(run: Path) -> list[str]:
+    """For every engine that was chosen among variants, what was kept and what was not; for a terminal."""
+    return [f"{e.name}: {variants.describe(e.variants)}" for e in read(run).engines if e.variants]
 
 
 def gather(run: Path) -> Json:
@@ -269,9 +275,29 @@ def _engine(records: RunRecords, e: EngineManifest, baseline: EngineManifest | N
         "difference": msgspec.to_builtins(against) if against else None,
         "other_differences": [msgspec.to_builtins(d) for d in differences if d is not against],
         "precisions": dict(e.precision_counts),
+        "backend": e.target.backend, "session": dict(e.target.session),
+        "variants": [_variant(v) for v in e.variants],
+        "tabled": _tabled(e, measurement),
         "candidate": _candidate(e.candidate) if e.candidate else None,
         "rejected": dict(records.choice.rejected).get(e.name, "") if records.choice else "",
     }  # fmt: skip
+
+
+def _variant(v: Variant) -> Json:
+    """One way that was tried; `setting` is empty where it is a backend as it comes."""
+    return {
+        "backend": v.backend, "setting": v.setting, "session": dict(v.session), "kept": v.kept, "reason": v.reason,
+        "p50_ms": v.latency.quantile(0.5) if v.latency else None, "n": v.latency.n if v.latency else 0,
+        "kind": v.latency.kind if v.latency else "", "ratio": msgspec.to_builtins(v.ratio) if v.ratio else None,
+    }  # fmt: skip
+
+
+def _tabled(e: EngineManifest, measurement: Measurement | None) -> Json | None:
+    """The latency of what the table predicts: the engine, or the variant of it that has the search's backend and session."""
+    other = next((v for v in e.variants if v.predicted and v.latency), None)
+    if e.predicted is None and other and other.latency:
+        return _quantity(other.latency) | {"variant": other.backend, "predicted": msgspec.to_builtins(other.predicted)}
+    return _quantity(measurement.latency) | {"variant": "", "predicted": msgspec.to_builtins(e.predicted)} if measurement else None
 
 
 def _throughput(records: RunRecords, e: EngineManifest) -> Json | None:
@@ -388,12 +414,14 @@ def _prediction(records: RunRecords, engines: list[Json]) -> Json:
     stated = {name: (predicted, measured) for name, predicted, measured in records.correction.residuals} if records.correction else {}
     rows = []
     for e in engines:
-        interval, value = e["predicted"], (e["measured"] or {}).get("value")
+        tabled = e["tabled"] or {}
+        interval, value = tabled.get("predicted"), tabled.get("value")
         predicted, measured = stated.get(e["name"], (interval["value"] if interval else None, value))
         if predicted and measured:
             low, high = (interval["low"], interval["high"]) if interval else (None, None)
             which = {"engine": e["name"], "role": e["role"], "chosen": e["chosen"]}
-            rows.append(_residual(e["title"], predicted, measured, low, high) | which)
+            title = e["title"] + (f", {tabled['variant']} as it comes" if tabled.get("variant") else "")
+            rows.append(_residual(title, predicted, measured, low, high) | which)
     networks, table = [], records.table
     for r in table.validation if table else ():
         half = r.predicted_ms * table.relative_error if table else 0.0
@@ -460,7 +488,7 @@ def _operators(records: RunRecords, engines: list[Json]) -> Json:
         found.append(
             {
                 "name": manifest.name, "title": facts[manifest.name]["title"], "blocks": blocks, "without_row": unknown, "by_kind": kinds,
-                "total_ms": math.fsum(kinds.values()), "measured_ms": (facts[manifest.name]["measured"] or {}).get("value"),
+                "total_ms": math.fsum(kinds.values()), "measured_ms": (facts[manifest.name]["tabled"] or {}).get("value"),
             }
         )  # fmt: skip
     names = list(dict.fromkeys(b["kind"] for e in found for b in e["blocks"]))
@@ -532,7 +560,7 @@ def _environment(records: RunRecords) -> Json:
     if not found:
         return {"missing": _absent("measurements"), "must_match": {}, "recorded": {}, "target": {}, "versions": {}}
     engine = records.engine("chosen") or records.engine("baseline")
-    target = records.table.target if records.table else engine.target if engine else None
+    target = engine.target if engine else records.table.target if records.table else None
     shown = _flat(msgspec.to_builtins(target) | {"session": dict(target.session)}) if target else {}
     return {
         "missing": [], "must_match": dict(found[0].must_match), "recorded": dict(found[0].recorded),

@@ -42,13 +42,16 @@ def select(front: Front, baseline: Score, count: int, safety: float) -> tuple[Ev
 
 
 def correct(manifests: Mapping[str, EngineManifest], measured: Sequence[Measurement], table_digest: str) -> Correction:
-    """Residuals of every engine that had a prediction: (engine, predicted ms, measured ms), and the median ratio."""
+    """Residuals of every engine that had a prediction: (engine, predicted ms, measured ms), and the median ratio.
+
+    Where another variant than the predicted one was kept, what was predicted is compared with what that one took.
+    """
     rows = []
     for m in measured:
-        predicted = manifests[m.engine].predicted
-        if predicted is not None:
-            rows.append((m.engine, predicted.value, m.latency.value))
-    ratios = [b / a for _, a, b in rows]
+        manifest = manifests[m.engine]
+        pairs = [(manifest.predicted, m.latency), *((v.predicted, v.latency) for v in manifest.variants)]
+        rows += [(m.engine, predicted.value, latency.value) for predicted, latency in pairs if predicted and latency][:1]
+    ratios = [b / a for _, a, b in rows] or [1.0]  # nothing that was predicted could run
     return Correction(
         table_digest=table_digest, residuals=tuple(rows), factor=float(np.median(ratios)),
         spread=float(np.max(np.abs(np.array(ratios) / np.median(ratios) - 1))),

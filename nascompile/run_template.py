@@ -66,40 +66,54 @@ def onnxruntime_session(graph: Path, target: dict[str, Any]) -> Any:
     options.log_severity_level = 3
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[settings.get("graph_optimization_level", "all")])
     options.add_session_config_entry("session.intra_op.allow_spinning", settings.get("allow_spinning", "1"))
+    options.enable_cpu_mem_arena = settings.get("enable_cpu_mem_arena", "1") == "1"
+    options.enable_mem_pattern = settings.get("enable_mem_pattern", "1") == "1"
     disabled = [name for name in settings.get("disabled_optimizers", "").split(",") if name]
     return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
 
 
 class OpenVino:
-    """A network compiled by OpenVINO for the shape of each call; those of the workload's shape and of all others are kept."""
+    """Networks compiled by OpenVINO when they are first called: one each for the shapes the session names, one for all others."""
 
     def __init__(self, graph: Path, target: dict[str, Any]) -> None:
         import openvino as ov
 
         self.core = ov.Core()
-        self.requests: dict[bool, Any] = {}
+        self.requests: dict[Any, Any] = {}
         self.model = self.core.read_model(graph)
+        self.inputs = [entry.any_name for entry in self.model.inputs]
         self.outputs = [output.any_name for output in self.model.outputs]
         settings = {name.upper(): value.upper() for name, value in target["session"].items()}
         workload = {"batch": 1, "sequence": 0} | target.get("workload", {})
-        self.fixed: dict[str, tuple[int, ...]] = {}
-        if settings.pop("STATIC_SHAPE", "WORKLOAD") == "WORKLOAD":
-            for entry in self.model.inputs:
-                sizes = [workload["sequence" if axis else "batch"] for axis in range(len(entry.partial_shape))]
-                shape = zip(entry.partial_shape, sizes, strict=True)
-                self.fixed[entry.any_name] = tuple(d.get_length() if d.is_static else size for d, size in shape)
+        named = settings.pop("STATIC_SHAPE", "WORKLOAD")
+        self.free = 3 if named == "SEEN" else 0
+        words = {"SEEN": ["WORKLOAD"], "NONE": []}.get(named, named.split(","))
+        batches = [workload["batch"] if word == "WORKLOAD" else int(word) for word in words]
+        self.fixed = {self.shapes(batch, workload["sequence"]) for batch in batches}
         fixed = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": target["threads"]}
         self.properties = fixed | settings
 
+    def shapes(self, batch: int, sequence: int) -> tuple[tuple[int, ...], ...]:
+        """The inputs' shapes in a call."""
+        found = []
+        for entry in self.model.inputs:
+            sizes = [d.get_length() if d.is_static else sequence if i else batch for i, d in enumerate(entry.partial_shape)]
+            found.append(tuple(sizes))
+        return tuple(found)
+
     def run(self, names: list[str] | None, inputs: dict[str, Any]) -> list[Any]:
         """The named outputs, or all."""
-        fixed = all(self.fixed.get(name) == array.shape for name, array in inputs.items())
-        if fixed not in self.requests:
+        shapes = tuple(inputs[name].shape for name in self.inputs)
+        if shapes not in self.fixed and self.free:
+            self.free -= 1
+            self.fixed.add(shapes)
+        key = shapes if shapes in self.fixed else None
+        if key not in self.requests:
             model = self.model.clone()
-            if fixed:
-                model.reshape(self.fixed)
-            self.requests[fixed] = self.core.compile_model(model, "CPU", self.properties).create_infer_request()
-        found = dict(zip(self.outputs, self.requests[fixed].infer(inputs, share_inputs=True).values(), strict=True))
+            if key:
+                model.reshape(dict(zip(self.inputs, key, strict=True)))
+            self.requests[key] = self.core.compile_model(model, "CPU", self.properties).create_infer_request()
+        found = dict(zip(self.outputs, self.requests[key].infer(inputs, share_inputs=True).values(), strict=True))
         return [found[name] for name in names or self.outputs]
 
 

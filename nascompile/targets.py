@@ -19,6 +19,8 @@ from nascompile.records import Record, Target, Workload, write_atomic
 LOCAL = "cpu"
 """The device that needs no profile: this machine."""
 SIMULATED = "fake"
+AUTO = "auto"
+"""In place of a backend: engines are built with every one that runs here. What is searched and tabled is the first of them."""
 
 
 class DeviceProfile(Record, frozen=True):
@@ -58,15 +60,28 @@ def make(
     profile = load_profile(device, profiles)
     if not profile.backends:
         raise UnsupportedError(f"no backend is installed that builds for {device}", hint="pip install 'nascompile[cpu]'")
-    chosen = backend or profile.backends[0]
+    chosen = runnable(device, profiles)[0] if backend == AUTO else backend or profile.backends[0]
     if chosen not in profile.backends:
-        raise UnsupportedError(f"`{device}` has no backend named {chosen}", hint=f"its backends: {', '.join(profile.backends)}")
+        raise UnsupportedError(f"`{device}` has no backend named {chosen}", hint=f"its backends: {', '.join(profile.backends)}; or {AUTO}")
     if threads < 0:
         raise RecipeError(f"threads must be at least 1: {threads}", hint="leave it out for the device's default")
     own = {"compute_capability": profile.compute_capability} if profile.compute_capability else {}
     settings = dict(plugins.get("backends", chosen).session()) | own | dict(session or {})
     ordered = tuple(sorted(settings.items()))
     return Target(device=device, backend=chosen, workload=workload, threads=threads or profile.threads, session=ordered)
+
+
+def runnable(device: str, profiles: Path | None = None) -> tuple[str, ...]:
+    """Backends of a device that run here, its default first; UnsupportedError with every reason if none does."""
+    reasons = {name: _backend_reason(name) for name in load_profile(device, profiles).backends}
+    found = tuple(name for name, reason in reasons.items() if not reason)
+    if not found:
+        raise UnsupportedError(
+            f"no backend that builds for `{device}` runs here, so none can be chosen by measuring",
+            detail="\n".join(f"{name}: {reason}" for name, reason in reasons.items()),
+            hint="pip install 'nascompile[cpu]'" if device == LOCAL else f"`nascompile devices` says more of `{device}`",
+        )
+    return found
 
 
 def device(name: str, profiles: Path | None = None) -> Device:
@@ -149,7 +164,7 @@ def _describe(name: str, profiles: Path | None) -> KnownDevice:
     try:
         profile = load_profile(name, profiles)
         plugin: Device = plugins.get("devices", profile.kind)
-        reason = plugin.unavailable() or _backend_reason(profile)
+        reason = plugin.unavailable() or _backend_reasons(profile)
         if reason and (builders := _builders(name, profile, profiles)):
             reason += f"; {', '.join(builders)} can build for it here"
     except NascompileError as error:
@@ -163,12 +178,15 @@ def _builders(name: str, profile: DeviceProfile, profiles: Path | None) -> list[
     return [b for b in known if not plugins.get("backends", b).unbuildable(make(name, b, Workload(), profiles=profiles))]
 
 
-def _backend_reason(profile: DeviceProfile) -> str:
+def _backend_reason(name: str) -> str:
+    """Why a backend cannot run here; empty if it can."""
+    reason: str = plugins.get("backends", name).unavailable() if name in plugins.names("backends") else "not installed"
+    return reason
+
+
+def _backend_reasons(profile: DeviceProfile) -> str:
     """Why none of the profile's backends can run here; empty if one can."""
-    reasons = []
-    for name in profile.backends:
-        reason = plugins.get("backends", name).unavailable() if name in plugins.names("backends") else "not installed"
-        if not reason:
-            return ""
-        reasons.append(f"{name}: {reason}")
-    return "; ".join(reasons) or "no backend builds for it"
+    reasons = {name: _backend_reason(name) for name in profile.backends}
+    if not all(reasons.values()):
+        return ""
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "no backend builds for it"

@@ -23,6 +23,8 @@ class Backend(Protocol):
     """Sliced widths are multiples of this."""
     passes: tuple[str, ...]
     """Passes of `lowering.PASSES` that this backend wants, beyond those every backend gets."""
+    tunable: tuple[tuple[str, tuple[str, ...]], ...]
+    """Session settings worth trying: (name, values), first the value that holds where a session does not say."""
 
     def unavailable(self) -> str:
         """Why this backend cannot run here; empty if it can."""

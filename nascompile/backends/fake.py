@@ -26,6 +26,7 @@ class Fake:
     accepts: Literal["onnx", "torch", "hf_folder"] = "onnx"
     width_multiple = 8
     passes: tuple[str, ...] = ()
+    tunable: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def unavailable(self) -> str:
         """Always available."""

@@ -18,6 +18,9 @@ PROTOBUF_LIMIT = 2**31 - 2**20
 SLOWER = ("BiasGeluFusion", "MatMulAddFusion", "SkipLayerNormFusion")
 """Fusions whose CPU kernels lose against what they replace (6-layer BERT 384/1536 in INT8: 3.77 ms with them, 2.86 ms without);
 MatMulAddFusion also makes QDQ products dequantize their weights at every run."""
+TWO_OF_SLOWER = tuple(",".join(name for name in SLOWER if name != kept) for kept in SLOWER)
+SWITCHES = {"enable_cpu_mem_arena": "1", "enable_mem_pattern": "1"}
+"""Attributes of the session's options that are on or off, and what holds where a session does not say."""
 LEVELS = {"disabled": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL"}
 
 
@@ -47,6 +50,13 @@ class OnnxRuntime:
     passes: tuple[str, ...] = (
         "fuse_attention", *integer_passes(platform.machine(), cpu_flags()), "fuse_integer_matmul", "fuse_integer_attention",
     )  # fmt: skip
+    tunable: tuple[tuple[str, tuple[str, ...]], ...] = (
+        ("graph_optimization_level", ("all", "extended", "basic")),
+        ("disabled_optimizers", ("", ",".join(SLOWER), *TWO_OF_SLOWER)),
+        ("allow_spinning", ("1", "0")),
+        ("enable_cpu_mem_arena", ("1", "0")),
+        ("enable_mem_pattern", ("1", "0")),
+    )
 
     def unavailable(self) -> str:
         """Why this backend cannot run here; empty if it can."""
@@ -97,8 +107,13 @@ class OrtRunner:
         options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[level])
         options.add_session_config_entry("session.intra_op.allow_spinning", settings.pop("allow_spinning", "1"))
         disabled = [name for name in settings.pop("disabled_optimizers", "").split(",") if name]
+        for name, default in SWITCHES.items():
+            if (value := settings.pop(name, default)) not in ("0", "1"):
+                raise UnsupportedError(f"unknown {name}: {value}", hint="values: 0, 1")
+            setattr(options, name, value == "1")
         if settings:
-            raise UnsupportedError(f"unknown session setting of onnxruntime: {', '.join(sorted(settings))}")
+            known = ", ".join(name for name, _ in OnnxRuntime.tunable)
+            raise UnsupportedError(f"unknown session setting of onnxruntime: {', '.join(sorted(settings))}", hint=f"known: {known}")
         try:
             self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
         except Exception as error:  # onnxruntime raises one class per status code, without a common base of its own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -47,6 +48,18 @@ def test_describes_itself(backend):
     assert list(backend.session()) == sorted(backend.session())
     assert all(isinstance(name, str) and isinstance(value, str) for name, value in (*backend.session(), *backend.versions()))
     assert backend.versions()
+
+
+def test_every_declared_setting_and_value_is_one_that_loads(built, backend):
+    runner, graphs, target, feed, folder = built
+    want = runner.run(feed)["logits"]
+    for name, values in backend.tunable:
+        for value in values:
+            session = tuple(sorted((dict(target.session) | {name: value}).items()))
+            other = backend.load(folder, graphs, msgspec.structs.replace(target, session=session))
+            np.testing.assert_allclose(other.run(feed)["logits"], want, atol=1e-5)  # float32 sums of another order
+        silent = msgspec.structs.replace(target, session=tuple(pair for pair in target.session if pair[0] != name))
+        assert backend.load(folder, graphs, silent).run(feed)
 
 
 def test_supports_float_and_gives_a_reason_for_what_it_does_not(backend):

@@ -109,7 +109,7 @@ def test_every_quantized_product_runs_in_int8(case):
     products = {n.name: n.input[1] in dequantized for n in form.graph.node if n.op_type == "MatMul"}
     assert sum(products.values()) == 2 * 6
     runner = case.load(form)
-    for batch in (1, 3):  # the network of the workload, and the one for any shape
+    for batch in (1, 8, 3):  # the network of the workload, another of fixed shape, and the one for any shape
         feed = case.feed(batch)
         runner.run(feed)
         how = {name: kind for layer, kind, names in executed(runner._request(feed)) for name in names if layer in PRODUCTS}
@@ -169,6 +169,49 @@ def test_calls_of_the_workloads_shape_have_a_network_of_their_own(case):
     np.testing.assert_allclose(general.run(three)["logits"], runner.run(three)["logits"], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("value", "fixed", "any_shape"),
+    [
+        ("workload", (1,), (2, 8, 3)),
+        ("workload,8,2", (1, 8, 2), (3, 4)),
+        ("3", (3,), (1, 8)),
+        ("1,workload", (1,), (2,)),
+        ("none", (), (1, 8)),
+        ("seen", (1, 5, 2, 7), (8, 3)),
+    ],
+)
+def test_shapes_that_have_networks_of_their_own(bert, value, fixed, any_shape):
+    form, _ = bert.lower(spaces.largest(bert.space))
+    runner = bert.load(form, static_shape=value)
+    assert len(runner._fixed) == (1 in fixed), "only the workload's is compiled before it is called"
+    for batch in (*fixed, *any_shape, *fixed):
+        feed = bert.feed(batch)
+        with torch.no_grad():
+            want = bert.net.model(**{name: torch.from_numpy(v) for name, v in feed.items()}).logits.numpy()
+        np.testing.assert_allclose(runner.run(feed)["logits"], want, atol=1e-5)  # float32 sums in another order, values near 1
+        assert (runner._request(feed) is runner._any) is (batch in any_shape), batch
+    assert {shapes[0][0] for shapes in runner._fixed} == set(fixed)
+    assert all(r.get_compiled_model().inputs[0].partial_shape.is_static for r in runner._fixed.values())
+    if value == "workload":
+        assert runner._request(bert.feed(1, SEQUENCE - 2)) is runner._any, "another length is another shape"
+
+
+def test_by_default_batches_of_8_and_32_have_networks_of_their_own(bert):
+    runner = bert.load(bert.lower(spaces.largest(bert.space))[0])
+    for batch in (1, 8, 32):
+        runner.run(bert.feed(batch))
+    assert (len(runner._fixed), runner._any) == (3, None)
+    assert dict(bert.target.session)["static_shape"] == "workload,8,32", "so every manifest says it"
+
+
+@pytest.mark.parametrize("value", ["workload,0", "8,-1", "batch", "", "1,2,3,4,5", "seen,8"])
+def test_shapes_that_mean_nothing_or_too_much_are_refused(bert, value):
+    form, _ = bert.lower(spaces.largest(bert.space))
+    with pytest.raises(UnsupportedError, match="unknown value of static_shape") as caught:
+        bert.load(form, static_shape=value)
+    assert "up to 4 of workload and batch sizes" in caught.value.hint
+
+
 def test_every_sequence_length_gives_what_torch_gives(bert):
     runner = bert.load(bert.lower(spaces.largest(bert.space))[0])
     for batch, sequence in ((1, SEQUENCE), (1, 5), (2, SEQUENCE), (3, 24), (1, 5)):
@@ -182,7 +225,7 @@ def test_a_workload_that_leaves_a_dimension_open_has_no_network_of_its_own(bert)
     form, _ = bert.lower(spaces.largest(bert.space))
     target = msgspec.structs.replace(bert.target, workload=Workload())
     runner = bert.backend.load(bert.folder, bert.backend.build(form, target, bert.folder), target)
-    assert runner._fixed is None
+    assert runner._fixed == {}
     assert runner.run(bert.feed(2, 7))["logits"].shape == (2, 3)
 
 

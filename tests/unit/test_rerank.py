@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -25,6 +26,7 @@ from nascompile.records import (
     Score,
     SearchSpace,
     Target,
+    Variant,
     Workload,
     digest,
 )
@@ -186,6 +188,18 @@ def test_the_correction_is_the_median_ratio_of_what_was_predicted():
     assert found.factor == pytest.approx(1.1)  # of 0.8, 1.1, 1.5
     assert found.spread == pytest.approx(max(1 - 0.8 / 1.1, 1.5 / 1.1 - 1))
     assert found.table_digest == "table"
+
+
+def test_a_prediction_is_compared_with_the_variant_it_was_made_for():
+    found = Interval(value=4.0, low=3.0, high=5.0, unit="ms")
+    took = Quantity(value=5.0, unit="ms", kind="measured", quantiles=((0.5, 6.0),))
+    tried = (Variant(backend="b", latency=took, predicted=found), Variant(backend="c", kept=True))
+    manifest, measured = engine("a", 90.0, 2.0, predicted=None)
+    kept = msgspec.structs.replace(manifest, variants=tried)
+    assert rerank.correct({"a": kept}, [measured], "table").residuals == (("a", 4.0, 5.0),)
+    unrun = msgspec.structs.replace(manifest, variants=(msgspec.structs.replace(tried[0], latency=None), tried[1]))
+    nothing = rerank.correct({"a": unrun}, [measured], "table")
+    assert (nothing.residuals, nothing.factor, nothing.spread) == ((), 1.0, 0.0)
 
 
 # ---------------------------------------------------------------------------------------------- examine

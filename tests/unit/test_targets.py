@@ -74,6 +74,22 @@ def test_a_target_that_cannot_be_is_refused(device, backend, threads, error, say
     assert caught.value.hint
 
 
+def test_auto_is_the_first_backend_that_runs_here(elsewhere):
+    write(elsewhere / "mine", "board", 'kind = "cpu"\nbackends = ["absent", "unheard-of", "quick", "fake"]')
+    assert targets.runnable("board", elsewhere / "mine") == ("quick", "fake")
+    assert targets.make("board", "auto", Workload(), profiles=elsewhere / "mine").backend == "quick"
+    assert targets.make("board", "", Workload(), profiles=elsewhere / "mine").backend == "absent"
+    assert targets.runnable("cpu") == ("quick",)
+
+
+def test_auto_without_a_backend_that_runs_says_why_for_each(elsewhere):
+    write(elsewhere / "mine", "board", 'kind = "cpu"\nbackends = ["absent", "unheard-of"]')
+    with pytest.raises(UnsupportedError, match="no backend that builds for `board` runs here") as caught:
+        targets.make("board", "auto", Workload(), profiles=elsewhere / "mine")
+    assert caught.value.detail == "absent: package missing\nunheard-of: not installed"
+    assert caught.value.hint
+
+
 def test_the_nearest_profile_wins(elsewhere):
     folders = (elsewhere / "user" / "profiles", elsewhere / "cwd" / "profiles", elsewhere / "mine")
     for threads, folder in enumerate(folders, start=2):
