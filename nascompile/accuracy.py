@@ -21,15 +21,18 @@ BATCH = 64
 
 
 class Evaluator:
-    """Scores candidates of one set of weights on fixed calibration and validation samples."""
+    """Scores candidates of one set of weights on fixed calibration and validation samples.
+
+    `batch`: samples that an engine gets in a call, which matters for precisions that find their grids then.
+    """
 
     def __init__(
         self, net: Supernet, weights: Path, space: SearchSpace, task: Any, metric: str, calibration: Split, validation: Split,
-        method: str, calibration_samples: int, validation_samples: int, seed: int,
+        method: str, calibration_samples: int, validation_samples: int, seed: int, batch: int = 1,
     ) -> None:  # fmt: skip
         self.net, self.space, self.task, self.metric, self.method = net, space, task, metric, method
         self.weights_digest = digest([(p.name, file_digest(p)) for p in sorted(weights.glob("*.safetensors"))])
-        self.split_digest = validation.digest
+        self.split_digest, self.batch = validation.digest, batch
         self.rows = _rows(validation, validation_samples, seed)
         """Positions in validation that candidates are scored on."""
         self.calibration = load_batches(calibration, _rows(calibration, calibration_samples, seed), BATCH)
@@ -49,7 +52,7 @@ class Evaluator:
 
     def score(self, point: Candidate) -> Score:
         """The candidate's metric on validation at its precisions."""
-        logits, labels = emulate(self.net, self.space, point, self.target, self.validation, self.ranges(point))
+        logits, labels = emulate(self.net, self.space, point, self.target, self.validation, self.ranges(point), self.batch)
         return score_of(
             self.task, self.metric, logits, labels,
             split=self.split_digest, weights=self.weights_digest, evaluator=self.digest,

@@ -13,6 +13,7 @@ import numpy as np
 from nascompile import __version__, engine, lowering, network
 from nascompile.accuracy import Evaluator
 from nascompile.backends import Backend
+from nascompile.pass_check import PassCheck, PassChecker
 from nascompile.preprocess import Preprocessor
 from nascompile.quantization import ActivationRanges
 from nascompile.records import (
@@ -28,8 +29,8 @@ from nascompile.records import (
 )
 from nascompile.supernet import Supernet, emulate, load_batches
 
-SAMPLE = 4
-"""Calibration samples kept in the engine as its reference."""
+SAMPLE, CHECKED = 4, 16
+"""Calibration samples kept in the engine as its reference, and those that graphs are run on between passes."""
 FLOAT_TOLERANCE = 2e-3
 """Largest difference of FP32 logits between the network and its engine: orders of summation differ, nothing else does."""
 HALF_SHARE, INTEGER_SHARE = 0.02, 0.3
@@ -66,13 +67,24 @@ class Parts:
     """Why the engine cannot be run here, and what follows from that; empty: it can, and its sample is."""
 
 
-def lower(parts: Parts, source: Source, point: Candidate, ranges: ActivationRanges | None = None) -> Any:
+def lower(
+    parts: Parts, source: Source, point: Candidate, ranges: ActivationRanges | None = None, watch: lowering.Watch | None = None
+) -> Any:
     """The form the backend takes: the candidate's graph with its weights and calibrated ranges."""
     net, ranges = source.net, ranges or source.evaluator.ranges(point)
     path = lowering.export(net.family, net.config, parts.blueprints)
-    blueprint = lowering.blueprint(net.family, net.config, path, parts.backend)
+    blueprint = lowering.blueprint(net.family, net.config, path, parts.backend, watch)
     weights = {name: parameter.detach().numpy() for name, parameter in net.model.named_parameters()}
-    return lowering.lower(blueprint, net.family, net.config, parts.space, point, parts.target, weights, ranges, parts.backend)
+    return lowering.lower(blueprint, net.family, net.config, parts.space, point, parts.target, weights, ranges, parts.backend, watch)
+
+
+def check_passes(parts: Parts, source: Source, point: Candidate, folder: Path) -> tuple[PassCheck, ...]:
+    """What each pass does to the candidate's graph, and the graph after each in `folder`; ModelError for one that breaks it."""
+    inputs = load_batches(parts.sample, np.arange(min(CHECKED, len(parts.sample))), CHECKED)[0][0]
+    weights = {name: parameter.detach().numpy() for name, parameter in source.net.model.named_parameters()}
+    checker = PassChecker(folder, weights | {name: value.numpy() for name, value in inputs.items()})
+    lower(parts, source, point, watch=checker)
+    return checker.finish()
 
 
 def aimed(parts: Parts, point: Candidate, target: Target, backend: Backend) -> tuple[Parts, Candidate]:

@@ -209,8 +209,11 @@ def build(
     recipe: RecipeFile = None,
     candidate: Annotated[int | None, typer.Option("--candidate", help="Number of a candidate of the finished front.", metavar="N")] = None,
     precision: Annotated[
-        str, typer.Option("--precision", help="Of that candidate: as-searched, fp16 or int8, as the device has it.", metavar="NAME")
+        str, typer.Option("--precision", help="Of that candidate: as-searched, fp16, int8, …, as the device has it.", metavar="NAME")
     ] = "as-searched",
+    keep_intermediate: Annotated[
+        bool, typer.Option("--keep-intermediate", help="Keep the graph after each pass beside the engine, and say what each pass changed.")
+    ] = False,
     out: Out = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -222,7 +225,14 @@ def build(
     if candidate is None and precision != "as-searched":
         raise RecipeError(f"--precision {precision} is for one --candidate", hint="a run's precisions are searched")
     if candidate is None:
-        return _print_stage(folder, "build", as_json) if _run(chosen, folder, "build", quiet) else None
+        if not _run(chosen, folder, "build", quiet):
+            return None
+        if keep_intermediate:
+            from nascompile import records
+
+            done = records.load(folder / "stages" / "build.json", records.StageDone)
+            return _print_passes(folder, [(folder / name).parent for name, _ in done.files], as_json, quiet)
+        return _print_stage(folder, "build", as_json)
     if recipe or given.keys() - {"device", "backend", "measure.tune_session"}:
         raise RecipeError(
             "--candidate takes its settings from the run, all but --device and --backend and --tune-session",
@@ -235,10 +245,36 @@ def build(
             folder, candidate, progress, device=given.get("device", ""), backend=given.get("backend", ""), precision=precision,
             tune_session=given.get("measure.tune_session"),
         )  # fmt: skip
+    if keep_intermediate:
+        return _print_passes(folder, [engine], as_json, quiet)
     if as_json:
         executed = engines.read_manifest(engine).executed
         return _print_json({"run": str(folder), "candidate": candidate, "engine": str(engine), "executed": executed})
     typer.echo(engine)
+
+
+def _print_passes(out: Path, engines: Sequence[Path], as_json: bool, quiet: bool) -> None:
+    """What each pass did to each engine's graph."""
+    import msgspec
+
+    from nascompile import pipeline
+
+    with _progress(quiet) as progress, redirect_stdout(sys.stderr):
+        found = {engine: pipeline.check_passes(engine, progress) for engine in engines}
+    if as_json:
+        return _print_json(
+            {"run": str(out), "engines": [{"engine": str(e), "passes": msgspec.to_builtins(checks)} for e, checks in found.items()]}
+        )
+    for engine, checks in found.items():
+        typer.echo(engine)
+        rows = [
+            (
+                f"{c.nodes[0]} > {c.nodes[1]}", f"{c.max_abs:.2g}", "" if c.sqnr_db is None else f"{c.sqnr_db:.1f}",
+                "rounds" if c.accepted is None else f"exact, up to {c.accepted:.2g}", c.name,
+            )
+            for c in checks
+        ]  # fmt: skip
+        _print_columns(("nodes", "change", "SQNR dB", "kind", "pass"), rows, right=3)
 
 
 for _stage, _help in STAGES.items():

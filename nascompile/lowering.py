@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +24,8 @@ from nascompile import network, plugins
 from nascompile.backends import Backend
 from nascompile.errors import ModelError, RecordError, UnsupportedError
 from nascompile.families import Family, Segment
-from nascompile.passes import PassContext
-from nascompile.passes.graph import INT8, JOINED, TRANSPOSED, Graph, linear_weight, parameter_of
+from nascompile.passes import Pass, PassContext
+from nascompile.passes.graph import BLOCKS, INT8, JOINED, TRANSPOSED, Graph, attribute, linear_weight, parameter_of
 from nascompile.quantization import ActivationRanges
 from nascompile.records import FLOAT16, Candidate, Operator, Precision, SearchSpace, Target, digest, write_atomic
 
@@ -33,13 +33,16 @@ OPSET = 20
 STRUCTURE_PASSES = ("inline_constants", "split_gemm", "fuse_attention", "expand_attention")
 """Applied to the blueprint, before weights exist."""
 PASSES = (
-    "fold_linear", "quantize_linear", "quantize_table", "unsigned_weights", "fuse_integer_matmul", "fuse_integer_attention", "half_floats",
+    "fold_linear", "quantize_linear", "quantize_blocks", "quantize_table", "unsigned_weights", "fuse_integer_matmul",
+    "fuse_integer_attention", "half_floats",
 )  # fmt: skip
 """Applied to a candidate's graph, with its weights."""
 RANDOM_RANGE = (-4.0, 4.0)
 """Input range of quantized products in an operator's graph: about what follows a layer norm."""
 
 Array = npt.NDArray[Any]
+Watch = Callable[[Pass | None, onnx.ModelProto], None]
+"""Sees a graph before the first pass (None) and after each; it may keep nothing of the graph, which is edited further."""
 
 
 # ---------------------------------------------------------------------------------------------- export
@@ -128,14 +131,14 @@ class Blueprint:
         return self.cuts[index + 1] if index + 1 < len(self.cuts) else str(self.model.graph.output[0].name)
 
 
-def blueprint(family: Family, config: Any, path: Path, backend: Backend) -> Blueprint:
+def blueprint(family: Family, config: Any, path: Path, backend: Backend, watch: Watch | None = None) -> Blueprint:
     """Read an exported graph and apply the structure passes that the backend takes."""
     try:
         model = onnx.load(path)
     except Exception as error:  # protobuf's DecodeError is no public type
         raise RecordError(f"damaged file: {path}", detail=str(error), hint="remove it; it will be exported again") from error
     parameters = family.parameters(config)
-    model = _apply(STRUCTURE_PASSES, model, PassContext(parameters=parameters), backend, None)
+    model = _apply(STRUCTURE_PASSES, model, PassContext(parameters=parameters), backend, watch)
     graph, segments = Graph(model), family.segments(config)
     return Blueprint(model=model, parameters=parameters, segments=segments, cuts=tuple(_cut(graph, s) for s in segments))
 
@@ -154,13 +157,17 @@ def _cut(graph: Graph, segment: Segment) -> str:
     return str(node.output[0] if side == "output" else next(name for name in node.input if name != parameter))
 
 
-def _apply(names: tuple[str, ...], model: onnx.ModelProto, context: PassContext, backend: Backend, keep: Path | None) -> onnx.ModelProto:
-    for number, name in enumerate(names, 1):
+def _apply(
+    names: tuple[str, ...], model: onnx.ModelProto, context: PassContext, backend: Backend, watch: Watch | None = None
+) -> onnx.ModelProto:
+    if watch is not None:
+        watch(None, model)
+    for name in names:
         step = plugins.get("passes", name)
         if step.standard or name in backend.passes:
             model = step.apply(model, context)
-            if keep is not None:
-                write_atomic(keep / f"{number}-{name}.onnx", model.SerializeToString())
+            if watch is not None:
+                watch(step, model)
     return model
 
 
@@ -177,9 +184,9 @@ def lower(
     weights: Mapping[str, Array],
     ranges: ActivationRanges | None,
     backend: Backend,
-    keep: Path | None = None,
+    watch: Watch | None = None,
 ) -> onnx.ModelProto:
-    """The candidate's graph for one backend; `weights`: the largest network's state dict; `keep`: folder for the graph after each pass."""
+    """The candidate's graph for one backend; `weights`: the largest network's state dict; `watch` sees the graph after each pass."""
     segments = network.kept(family, config, space, candidate)
     shapes = network.sliced_shapes(family, config, network.values(family, config, space, candidate))
     graph = Graph(_copy(blueprint.model))
@@ -196,7 +203,21 @@ def lower(
         ranges={name: (low, high) for name, low, high in ranges.sites} if ranges else {},
         half=_half({network.block_precision(space, candidate, segment, target.id) for segment in segments}),
     )
-    return _checked(_apply(PASSES, model, context, backend, keep))
+    return _checked(_quantized(_apply(PASSES, model, context, backend, watch), context))
+
+
+def _quantized(model: onnx.ModelProto, context: PassContext) -> onnx.ModelProto:
+    """The model, if everything that should be is stored as integers, and nothing of it as floats too; UnsupportedError naming the rest."""
+    stored = {t.name for t in model.graph.initializer}
+    integers = {p for name in stored if name.endswith((INT8, BLOCKS)) for p in parameter_of(name).split(JOINED)}
+    floats = {p for p in context.quantized if not stored.isdisjoint((p, p + TRANSPOSED))}
+    if left := sorted((context.quantized.keys() - integers) | floats):
+        raise UnsupportedError(
+            f"{len(left)} of {len(context.quantized)} weights were not quantized as asked",
+            detail="\n".join(f"{name}: {context.quantized[name]}" for name in left),
+            hint="no pass of `lowering.PASSES` that this backend takes found a product with them",
+        )
+    return model
 
 
 def _half(precisions: set[Precision]) -> bool:
@@ -250,10 +271,10 @@ def _set_heads(model: onnx.ModelProto, full: Mapping[str, tuple[int, ...]], slic
     """Head counts of fused attention follow the rows that are left of the query weight."""
     graph = Graph(model)
     for node in model.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "MultiHeadAttention" and attribute.name == "num_heads":
+        for field in node.attribute:
+            if node.op_type == "MultiHeadAttention" and field.name == "num_heads":
                 weight = linear_weight(graph, node.input[0], full)
-                attribute.i = attribute.i * sliced[weight][0] // full[weight][0]
+                field.i = field.i * sliced[weight][0] // full[weight][0]
 
 
 def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -299,7 +320,7 @@ def lower_operator(
         ranges=dict.fromkeys(quantized, RANDOM_RANGE),
         half=_half({operator.precision}),
     )
-    return _checked(_apply(PASSES, model, context, backend, None))
+    return _checked(_quantized(_apply(PASSES, model, context, backend), context))
 
 
 def _find(family: Family, config: Any, operator: Operator, backend: Backend) -> tuple[int, dict[str, int]]:
@@ -418,6 +439,10 @@ def describe(model: onnx.ModelProto, family: Family, config: Any) -> list[Block]
     """The segments whose parameters a lowered graph holds, in execution order."""
     shapes: dict[str, tuple[int, ...]] = {}
     integers = set()
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            integers.add(parameter_of(node.input[1]))
+            shapes[parameter_of(node.input[1])] = (attribute(node, "N"), attribute(node, "K"))
     for tensor in model.graph.initializer:
         name = parameter_of(tensor.name)
         stored = tensor.name.removeprefix(name)

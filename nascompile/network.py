@@ -15,6 +15,8 @@ from nascompile.families import Family, Segment
 from nascompile.records import (
     FLOAT16,
     FLOAT32,
+    INT8,
+    WEIGHT_INT8,
     Candidate,
     Edge,
     Gene,
@@ -26,15 +28,16 @@ from nascompile.records import (
     Target,
 )
 
-AS_SEARCHED, HALF, INTEGER = "as-searched", "fp16", "int8"
-PRECISIONS = (AS_SEARCHED, HALF, INTEGER)
-"""What a candidate's blocks become on another target than the one it was searched for."""
+AS_SEARCHED, HALF, INTEGER = "as-searched", FLOAT16.name, INT8.name
+SEARCHED = (INT8.name, WEIGHT_INT8.name)
+"""Precisions that a search offers beside FP32 unless it is told others."""
 
 
 def search_space(
-    family: Family, config: Any, backend: Backend, target: Target, model_digest: str, layer_order: tuple[int, ...] = ()
-) -> SearchSpace:
-    """Architecture genes of the family and a precision gene per quantizable block, as far as the backend supports them."""
+    family: Family, config: Any, backend: Backend, target: Target, model_digest: str, layer_order: tuple[int, ...] = (),
+    precisions: tuple[str, ...] = SEARCHED,
+) -> SearchSpace:  # fmt: skip
+    """Architecture genes of the family, and a precision gene for every block that may take one of `precisions` the backend supports."""
     choices = family.choices(config, backend.width_multiple)
     layers = {group.gene: group.layer for group in family.groups(config)}
     count = max(choices.get("depth", (0,)))
@@ -47,16 +50,30 @@ def search_space(
             genes.append(Gene(name=name, kind="architecture", choices=values, requires=_requires(choices, order, layers.get(name))))
     used = {FLOAT32.name: FLOAT32}
     for segment in family.segments(config):
-        if segment.scheme and not backend.supports(precision := plugins.get("quantization", segment.scheme.replace("-", "_")).precision):
-            used[precision.name] = precision
-            requires = _requires(choices, order, segment.layer)
-            genes.append(
-                Gene(name=precision_gene(segment), kind="precision", choices=(FLOAT32.name, precision.name), requires=requires)
-            )
+        found = [p for p in map(_precision, precisions) if _takes(segment, p) and not backend.supports(p)]
+        if found:
+            used.update({precision.name: precision for precision in found})
+            requires, names = _requires(choices, order, segment.layer), (FLOAT32.name, *(precision.name for precision in found))
+            genes.append(Gene(name=precision_gene(segment), kind="precision", choices=names, requires=requires))
     return SearchSpace(
         family=family.name, model_digest=model_digest, genes=tuple(genes), precisions=tuple(used.values()),
         targets=(target.id,), layer_order=order,
     )  # fmt: skip
+
+
+def product_precisions() -> tuple[str, ...]:
+    """Names of all precisions with integers that products may have, sorted."""
+    return tuple(sorted({str(plugins.get("quantization", name).name) for name in plugins.names("quantization")} - {WEIGHT_INT8.name}))
+
+
+def _precision(name: str) -> Precision:
+    found: Precision = plugins.get("quantization", name.replace("-", "_")).precision
+    return found
+
+
+def _takes(segment: Segment, precision: Precision) -> bool:
+    """Whether a block may have the precision: its own scheme, or, if that is one of products, any other for products."""
+    return segment.scheme == precision.name or (segment.scheme == INT8.name and precision != WEIGHT_INT8)
 
 
 def precision_gene(segment: Segment) -> str:
@@ -133,14 +150,17 @@ def sliced_shapes(family: Family, config: Any, chosen: Mapping[str, int]) -> dic
 
 
 def block_bytes(segment: Segment, shapes: Mapping[str, tuple[int, ...]], precision: Precision) -> int:
-    """Bytes of a block's weights as stored: quantized ones at their bits plus a float32 scale per channel, the rest float32.
+    """Bytes of a block's weights as stored: quantized ones at their bits plus a float32 scale per channel or group, the rest float32.
 
     A block of FP16 is FP16 throughout. What is float in a symmetric INT8 block is counted as float32 although FP16 may hold it.
     """
     total, float_bytes = 0, precision.weights.bits // 8 if precision.weights.kind == "float" else 4
     for parameter in segment.parameters:
         count = math.prod(shapes[parameter])
-        if parameter in segment.quantizable and precision.weights.kind == "int":
+        if parameter in segment.quantizable and precision.weights.granularity == "group":
+            (rows, columns), size = shapes[parameter], precision.weights.group_size
+            total += rows * -(-columns // size) * (size * precision.weights.bits // 8 + 4)
+        elif parameter in segment.quantizable and precision.weights.kind == "int":
             total += count * precision.weights.bits // 8 + 4 * shapes[parameter][0]
         else:
             total += float_bytes * count
@@ -169,11 +189,12 @@ def retarget(
 ) -> tuple[SearchSpace, Candidate]:
     """The candidate's architecture for another target, and the space it is a point of: every block has a gene with one choice.
 
-    `precision`: each block keeps what it was searched with, or is FP16, or is INT8 where it can be; then what the backend has
-    for that (its `counterparts`). UnsupportedError naming the first block whose precision the backend refuses.
+    `precision`: each block keeps what it was searched with, or is FP16, or is of the named one where it can be (of its own scheme where
+    it cannot, as tables); then what the backend has for that (its `counterparts`). UnsupportedError naming the first block whose
+    precision the backend refuses.
     """
-    if precision not in PRECISIONS:
-        raise RecipeError(f"unknown precision of a build: {precision}", hint=f"known: {', '.join(PRECISIONS)}")
+    if precision not in (known := (AS_SEARCHED, HALF, *product_precisions())):
+        raise RecipeError(f"unknown precision of a build: {precision}", hint=f"known: {', '.join(known)}")
     depth = {gene.name: tuple(int(choice) for choice in gene.choices) for gene in space.genes if gene.name == "depth"}
     genes, used = [gene for gene in space.genes if gene.kind == "architecture"], {}
     for segment in family.segments(config):
@@ -200,8 +221,9 @@ def _chosen(space: SearchSpace, point: Candidate, segment: Segment, backend: Bac
     wanted = block_precision(space, point, segment, space.targets[0])
     if precision == HALF:
         wanted = FLOAT16
-    elif precision == INTEGER:
-        wanted = plugins.get("quantization", segment.scheme.replace("-", "_")).precision if segment.scheme else FLOAT32
+    elif precision != AS_SEARCHED:
+        named = _precision(precision)
+        wanted = named if _takes(segment, named) else _precision(segment.scheme) if segment.scheme else FLOAT32
     chosen: Precision = getattr(backend, "counterparts", {}).get(wanted.name, wanted)
     if reason := backend.supports(chosen):
         raise UnsupportedError(f"`{backend.name}` cannot run {segment.name} in {chosen.name}: {reason}")

@@ -42,6 +42,7 @@ from nascompile.backends import CrossCompiler
 from nascompile.errors import DataError, ModelError, NascompileError, RecipeError, RecordError, TableError, UnsupportedError
 from nascompile.families import Family
 from nascompile.families.encoder import quiet
+from nascompile.pass_check import PassCheck
 from nascompile.preprocess import Preprocessor
 from nascompile.processes import ALONE, Team, join
 from nascompile.progress import Progress, Silent
@@ -121,6 +122,10 @@ def _check_target(recipe: Recipe) -> None:
             f"a search for `{target.device}` is not there yet: its precisions have no genes and no latency table",
             hint=f"search on another device, then `nascompile build RUN --candidate N --device {target.device}`",
         )
+    backend = plugins.get("backends", target.backend)
+    for name in set(recipe.search.precisions) - set(network.SEARCHED):  # those are left out where a backend has no use for them
+        if reason := backend.supports(plugins.get("quantization", name.replace("-", "_")).precision):
+            raise UnsupportedError(f"`{target.backend}` cannot search {name}: {reason}", hint="leave it out of `search.precisions`")
 
 
 def _lead(team: Team, recipe: Recipe, out: Path, until: str, progress: Progress, given: Given) -> None:
@@ -175,7 +180,7 @@ class Context:
             "data": lambda: (r.model, r.new_head, r.task, r.data, _source_digests(r)),
             "profile": lambda: (
                 self.target, self.family.name, self.config.to_json_string(use_diff=False), r.profile_seconds, self.environment,
-                r.tables, r.allow_foreign,
+                r.tables, r.allow_foreign, r.search.precisions,
             ),
             "finetune": lambda: self._training_inputs(),
             "search": lambda: (after["finetune"], after["profile"], r.search, r.budgets, r.seed),
@@ -284,11 +289,17 @@ class Context:
 
     def space_of(self, config: Any, order: tuple[int, ...]) -> SearchSpace:
         """The search space with its layers in a given order of importance."""
-        return network.search_space(self.family, config, self.backend, self.target, models.weights_digest(self.model_folder), order)
+        return network.search_space(
+            self.family, config, self.backend, self.target, models.weights_digest(self.model_folder), order,
+            self.recipe.search.precisions,
+        )  # fmt: skip
 
     @cached_property
     def space(self) -> SearchSpace:
-        return load(self.out / "supernet" / "manifest.json", SearchSpace)
+        """What the super-network was trained for, with the precisions that are searched now: training does not depend on them."""
+        trained = load(self.out / "supernet" / "manifest.json", SearchSpace)
+        now = self.space_of(self.config, trained.layer_order)
+        return trained if trained.precisions == now.precisions else now
 
     def split(self, name: str, purpose: str) -> data.Split:
         return data.open_split(self.out / "data", name, purpose) if self.team.leads else data.opened_split(self.out / "data", name)
@@ -299,7 +310,7 @@ class Context:
         net = Supernet(self.family, self.family.load(str(folder)))
         return Evaluator(
             net, folder, self.space, self.task, self.metric, self.split("calibration", "ranges"), self.split("validation", "scores"),
-            method, s.calibration_samples, s.validation_samples, self.recipe.seed,
+            method, s.calibration_samples, s.validation_samples, self.recipe.seed, self.target.workload.batch,
         )  # fmt: skip
 
     @cached_property
@@ -557,7 +568,9 @@ class Context:
             graphs = self.backend.build(build.lower(self.parts, source, e.candidate), self.target, Path(scratch))
             runner = self.backend.load(Path(scratch), graphs, self.target)
             digests = (e.score.split_digest, e.score.weights_digest, e.score.evaluator_digest)
-            return scoring.score_runner(runner, part, self.task, self.metric, *digests)
+            graph = network.graph(self.family, self.config, self.space, e.candidate, self.target)
+            batch = scoring.batch_of((node.operator.precision for node in graph.nodes), self.target)
+            return scoring.score_runner(runner, part, self.task, self.metric, *digests, batch)
 
     def _rerank(self) -> list[Path]:
         measured = [load(self.out / name, Measurement) for name, _ in self.done["measure"].files if name.startswith("measurements/")]
@@ -608,12 +621,27 @@ def build_candidate(
             other = msgspec.structs.replace(recipe, device=device or recipe.device, backend=backend or ("" if device else recipe.backend))
             named = [name, other.device, backend, "" if precision == network.AS_SEARCHED else precision]
             context = Context(other, out, progress or Silent(), Given())
+            context.space = front.space
             return _build_elsewhere(context, e, out / "engines" / "-".join(filter(None, named)), precision)
         context = Context(recipe, out, progress or Silent(), Given())
         folder = out / "engines" / name
         if not context._built(folder, "supernet", e.candidate):
             context.make(context.parts, context.sources["supernet"], e.candidate, name, "candidate", e.latency, folder)
         return folder
+
+
+def check_passes(engine: Path, progress: Progress | None = None) -> tuple[PassCheck, ...]:
+    """What each pass does to a built engine's graph; the graph after each is in `engines/NAME.graphs`, beside the engine's folder."""
+    out, manifest = engine.parent.parent, load(engine / "manifest.json", EngineManifest)
+    recipe = load(out / "recipe.json", Recipe)
+    with _locked(out):
+        other = msgspec.structs.replace(recipe, device=manifest.target.device, backend=manifest.target.backend)
+        context = Context(other, out, progress or Silent(), Given())
+        if manifest.space is None or manifest.candidate is None:
+            raise RecordError(f"the engine does not say what it was built from: {engine}", hint="build it again")
+        context.target, context.space = manifest.target, manifest.space
+        source = context.sources["supernet" if manifest.role == "candidate" else "baseline"]
+        return build.check_passes(context.parts, source, manifest.candidate, engine.with_name(f"{engine.name}.graphs"))
 
 
 def _build_elsewhere(context: Context, searched: Evaluation, folder: Path, precision: str) -> Path:

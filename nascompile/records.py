@@ -37,7 +37,9 @@ class TensorFormat(Record, frozen=True):
     bits: int = 32
     signed: bool = True
     symmetric: bool = True
-    granularity: Literal["tensor", "channel", "group"] = "tensor"
+    granularity: Literal["tensor", "call", "channel", "group"] = "tensor"
+    """What shares a scale: a tensor whatever it holds, so that its range is found beforehand; a tensor as it is in one call, whose range is
+    found then; a channel; so many elements of a channel, one after the other."""
     group_size: int = 0
 
 
@@ -49,6 +51,16 @@ class Precision(Record, frozen=True):
     activations: TensorFormat = TensorFormat()
     kv_cache: TensorFormat = TensorFormat()
     accumulation: TensorFormat = TensorFormat()
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the inputs of its products need ranges that were observed beforehand."""
+        return self.activations.kind == "int" and self.activations.granularity == "tensor"
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether a sample's result depends on the samples it is in one call with."""
+        return self.activations.granularity == "call"
 
 
 FLOAT32 = Precision(name="fp32")
@@ -72,6 +84,22 @@ INT8_SYMMETRIC = Precision(
     accumulation=TensorFormat(kind="int", bits=32),
 )
 """Static INT8 without zero points: signed weights with a scale per output channel, signed activations with one scale per tensor."""
+INT8_DYNAMIC = Precision(
+    name="int8-dynamic",
+    weights=_S8_CHANNEL,
+    activations=TensorFormat(kind="int", bits=8, signed=False, symmetric=False, granularity="call"),
+    accumulation=TensorFormat(kind="int", bits=32),
+)
+"""INT8 without calibration: weights as in static INT8, each input tensor on the unsigned grid of the range it has in that call."""
+
+
+def weight_only(bits: int, group_size: int) -> Precision:
+    """Weights as signed integers with a scale per `group_size` inputs of an output, multiplied as floats."""
+    integers = TensorFormat(kind="int", bits=bits, granularity="group", group_size=group_size)
+    return Precision(name=f"weight-int{bits}-block{group_size}", weights=integers)
+
+
+WEIGHT_ONLY = tuple(weight_only(bits, size) for bits in (8, 4) for size in (32, 128))
 
 
 # ---------------------------------------------------------------------------------------------- targets and numbers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import numpy as np
 
 from nascompile import plugins
 from nascompile.data import Split
-from nascompile.records import EngineManifest, Score, digest, load, save
+from nascompile.records import EngineManifest, Precision, Score, Target, digest, load, save
 
 SCORING_BATCH = 32
+MASK = "attention_mask"
 
 
 def score_of(task: Any, metric: str, logits: Any, labels: Any, *, split: str, weights: str, evaluator: str) -> Score:
@@ -61,15 +63,27 @@ def score_engine(engine: Loaded, split: Split, task: Any, metric: str, folder: P
     path = folder / f"{engine.manifest.name}-{key[:12]}.json"
     if path.is_file():
         return load(path, Score)
-    score = score_runner(engine.runner, split, task, metric, split.digest, engine.manifest.weights_digest, key)
+    manifest = engine.manifest
+    batch = batch_of((node.operator.precision for node in manifest.graph.nodes) if manifest.graph else (), manifest.target)
+    score = score_runner(engine.runner, split, task, metric, split.digest, manifest.weights_digest, key, batch)
     save(score, path)
     return score
 
 
-def score_runner(runner: Any, split: Split, task: Any, metric: str, split_digest: str, weights: str, evaluator: str) -> Score:
-    """The metric of a loaded engine on a split."""
+def batch_of(precisions: Iterable[Precision], target: Target) -> int:
+    """Samples in a call when a network is scored: those of the workload where they influence each other's results, else many."""
+    return target.workload.batch if any(precision.dynamic for precision in precisions) else SCORING_BATCH
+
+
+def score_runner(
+    runner: Any, split: Split, task: Any, metric: str, split_digest: str, weights: str, evaluator: str, batch: int = SCORING_BATCH
+) -> Score:
+    """The metric of a loaded engine on a split; fewer samples in a call than usual are without the padding they do not need."""
     rows, labels = [], []
-    for inputs, truth in split.batches(SCORING_BATCH):
+    for inputs, truth in split.batches(batch):
+        if batch < SCORING_BATCH and MASK in inputs:
+            longest = int(np.flatnonzero(inputs[MASK].any(axis=0)).max(initial=0)) + 1
+            inputs = {name: array[:, :longest] for name, array in inputs.items()}
         rows.append(next(iter(runner.run(inputs).values())))
         labels.append(truth)
     return score_of(

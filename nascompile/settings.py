@@ -61,6 +61,10 @@ class SearchSettings(Record, frozen=True):
     """What proposes candidates."""
     objectives: tuple[str, ...] = ("error", "latency_ms")
     """Two or more of error, latency_ms, size_mb, macs_m; all minimized."""
+    precisions: tuple[str, ...] = ("int8", "weight-int8")
+    """What blocks may take beside FP32, where they can and the backend supports it; the last is the uniform engine's. Products: int8
+    (calibrated), int8-dynamic, weight-int8-block128, weight-int8-block32, weight-int4-block128, weight-int4-block32. Text embedding
+    tables: weight-int8."""
     evaluations: int = 96
     """Candidates scored at most."""
     population: int = 16
@@ -198,6 +202,7 @@ def check(recipe: Recipe) -> Recipe:
     f, s, m = recipe.finetune, recipe.search, recipe.measure
     objectives = len(s.objectives) >= 2 and set(s.objectives) <= set(OBJECTIVES)
     methods = bool(s.calibration_methods) and set(s.calibration_methods) <= set(METHODS)
+    integers = [name.replace("_", "-") for name in plugins.names("quantization")]
     rules = [
         ("threads", recipe.threads, recipe.threads >= 1, "at least 1"),
         ("minutes", recipe.minutes, recipe.minutes >= 0, "0 (no limit) or more"),
@@ -214,6 +219,7 @@ def check(recipe: Recipe) -> Recipe:
         ("search.population", s.population, s.population >= 2, "at least 2"),
         ("search.calibration_samples", s.calibration_samples, s.calibration_samples >= 1, "at least 1"),
         ("search.objectives", s.objectives, objectives, f"two or more of {', '.join(OBJECTIVES)}"),
+        ("search.precisions", s.precisions, set(s.precisions) <= set(integers), f"some of {', '.join(integers)}"),
         ("search.calibration_methods", s.calibration_methods, methods, f"some of {', '.join(METHODS)}"),
         ("measure.top_k", m.top_k, m.top_k >= 1, "at least 1"),
         ("measure.seconds", m.seconds, m.seconds > 0, "more than 0"),

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from nascompile import network, plugins, space as spaces
 from nascompile.data import Split
 from nascompile.families import Family, Linear
-from nascompile.quantization import ActivationRanges, Scheme, limits
+from nascompile.quantization import ActivationRanges, Scheme, dequantize, limits
 from nascompile.records import Candidate, SearchSpace
 
 Batch = tuple[Mapping[str, torch.Tensor], torch.Tensor]
@@ -145,11 +145,17 @@ def _clip(method: str, values: np.ndarray[Any, Any], low: float, high: float, sc
 
 
 class FakeQuantizer:
-    """A `Linear` with the arithmetic of the built engine: inputs on their calibrated grid, weights on theirs, float sums."""
+    """A `Linear` with the arithmetic of the built engine: inputs on their grid, weights on theirs, float sums.
 
-    def __init__(self, schemes: Mapping[str, str], ranges: ActivationRanges | None) -> None:
+    A grid that is found in each call is that of `batch` samples of the inputs, one after the other: what the engine gets at a time.
+    """
+
+    def __init__(self, schemes: Mapping[str, str], ranges: ActivationRanges | None, batch: int = 1) -> None:
         self.schemes = {name: _scheme(scheme) for name, scheme in schemes.items()}
         self.ranges = {name: (low, high) for name, low, high in ranges.sites} if ranges else {}
+        self.batch = batch
+        self.mask: torch.Tensor | None = None
+        """(samples, sequence) of the inputs: 0 where a position is there only because another sample is longer."""
         self._weights: dict[str, torch.Tensor] = {}
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -157,8 +163,9 @@ class FakeQuantizer:
         if name not in self.schemes:
             return plain(name, x, weight, bias)
         if name not in self._weights:
-            integers, scale = self.schemes[name].quantize_weight(weight.detach().numpy())
-            self._weights[name] = torch.from_numpy(integers * scale[:, None])
+            scheme = self.schemes[name]
+            integers, scale = scheme.quantize_weight(weight.detach().numpy())
+            self._weights[name] = torch.from_numpy(dequantize(integers, scale, scheme.precision.weights.group_size))
         if x.is_floating_point() and self.schemes[name].precision.activations.kind == "int":
             x = self._activation(name, x)
         return plain(name, x, self._weights[name], bias)
@@ -166,16 +173,33 @@ class FakeQuantizer:
     def _activation(self, name: str, x: torch.Tensor) -> torch.Tensor:
         if self._last is None or self._last[0] is not x:  # query, key and value read one tensor
             scheme = self.schemes[name]
-            scale, zero = scheme.activation_parameters(*self.ranges[name])
-            self._last = (x, torch.fake_quantize_per_tensor_affine(x, scale, zero, *limits(scheme.precision.activations)))
+            if scheme.precision.dynamic:
+                self._last = (x, self._by_call(scheme, x))
+            else:
+                scale, zero = scheme.activation_parameters(*self.ranges[name])
+                self._last = (x, torch.fake_quantize_per_tensor_affine(x, scale, zero, *limits(scheme.precision.activations)))
         return self._last[1]
+
+    def _by_call(self, scheme: Scheme, x: torch.Tensor) -> torch.Tensor:
+        """x (samples, …), each `batch` samples on the grid of their own range."""
+        seen = x
+        if self.mask is not None and x.dim() == 3:
+            # positions that no sample of a call reaches are not there; every grid holds 0, so they may be 0 here
+            present = torch.cat([part.any(0, keepdim=True).expand_as(part) for part in torch.split(self.mask.bool(), self.batch)])
+            seen = x * present[..., None]
+        grids = []
+        for part in torch.split(seen, self.batch):
+            low, high = (float(v) for v in torch.aminmax(part))
+            grids += [scheme.activation_parameters(low, high)] * len(part)
+        scales, zeros = torch.tensor([s for s, _ in grids]), torch.tensor([z for _, z in grids], dtype=torch.int32)
+        return torch.fake_quantize_per_channel_affine(x, scales, zeros, 0, *limits(scheme.precision.activations))
 
 
 @torch.no_grad()
 def calibrate(net: Supernet, space: SearchSpace, point: Candidate, target: str, batches: Iterable[Batch], method: str) -> ActivationRanges:
     """Input ranges of the candidate's quantized products over calibration batches, from its float sub-network."""
     quantized = network.quantized_weights(net.family, net.config, space, point, target)
-    observer = Observer({name: scheme for name, scheme in quantized.items() if space.precision(scheme).activations.kind == "int"})
+    observer = Observer({name: scheme for name, scheme in quantized.items() if space.precision(scheme).calibrated})
     subnet = net.subnet(space, point)
     net.eval()
     if observer.sites:
@@ -186,13 +210,17 @@ def calibrate(net: Supernet, space: SearchSpace, point: Candidate, target: str, 
 
 @torch.no_grad()
 def emulate(
-    net: Supernet, space: SearchSpace, point: Candidate, target: str, batches: Iterable[Batch], ranges: ActivationRanges | None
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Logits (n, labels) and labels (n,) of the candidate as its engine would compute them."""
-    linear = FakeQuantizer(network.quantized_weights(net.family, net.config, space, point, target), ranges)
+    net: Supernet, space: SearchSpace, point: Candidate, target: str, batches: Iterable[Batch], ranges: ActivationRanges | None,
+    batch: int = 1,
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:  # fmt: skip
+    """Logits (n, labels) and labels (n,) of the candidate as its engine would compute them, called with `batch` samples at a time."""
+    linear = FakeQuantizer(network.quantized_weights(net.family, net.config, space, point, target), ranges, batch)
     subnet = net.subnet(space, point)
     net.eval()
-    rows = [(net(inputs, subnet, linear).numpy(), labels.numpy()) for inputs, labels in batches]
+    rows = []
+    for inputs, labels in batches:
+        linear.mask = inputs.get(MASK)
+        rows.append((net(inputs, subnet, linear).numpy(), labels.numpy()))
     return np.concatenate([r[0] for r in rows]), np.concatenate([r[1] for r in rows])
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from nascompile.backends import Runner
 from nascompile.backends.onnxruntime import check_inputs
 from nascompile.errors import RecordError, UnsupportedError
-from nascompile.records import FLOAT32, INT8, WEIGHT_INT8, Precision, Target
+from nascompile.records import FLOAT32, INT8, INT8_DYNAMIC, WEIGHT_INT8, Precision, Target
 
 NODE_MS = 0.002
 MACS_PER_MS = 1e6
@@ -33,8 +33,8 @@ class Fake:
         return ""
 
     def supports(self, precision: Precision) -> str:
-        """FP32, static INT8 and INT8 tables, as QDQ graphs."""
-        known = (FLOAT32, INT8, WEIGHT_INT8)
+        """FP32, static and dynamic INT8 and INT8 tables, as QDQ graphs."""
+        known = (FLOAT32, INT8, INT8_DYNAMIC, WEIGHT_INT8)
         return "" if precision in known else f"the fake backend knows {', '.join(p.name for p in known)} only"
 
     def versions(self) -> tuple[tuple[str, str], ...]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from nascompile.backends import Runner
 from nascompile.errors import DataError, RecordError, UnsupportedError
-from nascompile.records import FLOAT32, INT8, WEIGHT_INT8, Precision, Target
+from nascompile.records import FLOAT32, INT8, INT8_DYNAMIC, WEIGHT_INT8, WEIGHT_ONLY, Precision, Target
 
 PROTOBUF_LIMIT = 2**31 - 2**20
 """Bytes a single ONNX file can have, with room for its header."""
@@ -48,7 +48,8 @@ class OnnxRuntime:
     width_multiple = 32
     """MLAS multiplies tiles of 16 (AVX2, VNNI) or 32 (AVX-512 float) columns and groups of 4 rows: multiples of 32 leave none partial."""
     passes: tuple[str, ...] = (
-        "fuse_attention", *integer_passes(platform.machine(), cpu_flags()), "fuse_integer_matmul", "fuse_integer_attention",
+        "fuse_attention", "quantize_blocks", *integer_passes(platform.machine(), cpu_flags()), "fuse_integer_matmul",
+        "fuse_integer_attention",
     )  # fmt: skip
     tunable: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("graph_optimization_level", ("all", "extended", "basic")),
@@ -65,8 +66,8 @@ class OnnxRuntime:
         return ""
 
     def supports(self, precision: Precision) -> str:
-        """FP32, static INT8 (U8S8) and INT8 tables."""
-        known = (FLOAT32, INT8, WEIGHT_INT8)
+        """FP32, static and dynamic INT8 (U8S8), INT8 tables, and weight-only integers."""
+        known = (FLOAT32, INT8, INT8_DYNAMIC, WEIGHT_INT8, *WEIGHT_ONLY)
         return "" if precision in known else f"onnxruntime is lowered to with {', '.join(p.name for p in known)} only"
 
     def versions(self) -> tuple[tuple[str, str], ...]:

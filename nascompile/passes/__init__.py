@@ -25,6 +25,8 @@ class Pass(Protocol):
     name: str
     standard: bool
     """The result is standard ONNX, so every backend gets the pass; otherwise only backends that name it."""
+    exact: bool
+    """The graph computes what it did, up to the order of float operations; otherwise it rounds. `pass_check` holds a pass to it."""
     requires: str
     """What must hold for the graph before, in one line."""
     ensures: str

@@ -23,6 +23,7 @@ HIDDEN = float(np.finfo(np.float32).min)
 class ExpandAttention:
     name = "expand_attention"
     standard = False  # the result is standard ONNX, but only backends that name the pass had fused attention before
+    exact = True
     requires = "fuse_attention; query, key and value are outputs of linears, the query's with a bias or without"
     ensures = "no MultiHeadAttention; equal up to the order of float operations, for any number of heads that is left of a weight"
 

@@ -11,6 +11,7 @@ from nascompile.passes.graph import TRANSPOSED, Graph, attribute
 class FoldLinear:
     name = "fold_linear"
     standard = True
+    exact = True
     requires = "weights are bound as initializers"
     ensures = "no Transpose of an initializer; a transposed weight is named `<weight>.T`, shape (in, out)"
 

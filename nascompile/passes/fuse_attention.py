@@ -39,6 +39,7 @@ class _Core:
 class FuseAttention:
     name = "fuse_attention"
     standard = False
+    exact = True
     requires = "inline_constants; softmax(scale · q kᵀ + mask) v with a mask that only hides padded keys"
     ensures = "no Softmax; query, key and value of MultiHeadAttention are (batch, sequence, heads · head_dim)"
 

@@ -19,6 +19,7 @@ WIDEST = 512
 class FuseIntegerAttention:
     name = "fuse_integer_attention"
     standard = False
+    exact = True
     requires = "fuse_attention, fuse_integer_matmul"
     ensures = "attention of at most WIDEST features whose three products read one integer tensor is QAttention; equal up to float order"
 

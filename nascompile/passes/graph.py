@@ -160,6 +160,17 @@ def linear_weight(graph: Graph, tensor: str, parameters: Iterable[str]) -> str:
     raise UnsupportedError(f"expected the output of a linear layer: {tensor}")
 
 
+def bias_add(graph: Graph, tensor: str) -> onnx.NodeProto | None:
+    """The Add of a constant vector that alone reads the tensor."""
+    readers = graph.readers(tensor)
+    if len(readers) != 1 or readers[0].op_type != "Add" or tensor in {o.name for o in graph.model.graph.output}:
+        return None
+    other = [name for name in readers[0].input if name != tensor]
+    if len(other) != 1 or other[0] not in graph.constants or len(graph.constants[other[0]].dims) != 1:
+        return None
+    return readers[0]
+
+
 def parameter_of(tensor: str) -> str:
     """State-dict name of the parameter that an initializer was made from."""
     for suffix in SUFFIXES:
@@ -167,8 +178,8 @@ def parameter_of(tensor: str) -> str:
     return tensor
 
 
-INT8, SCALE, ZERO_POINT, UNSIGNED, TRANSPOSED = ".int8", ".scale", ".zero_point", ".u8", ".T"
+INT8, BLOCKS, SCALE, ZERO_POINT, UNSIGNED, TRANSPOSED = ".int8", ".blocks", ".scale", ".zero_point", ".u8", ".T"
 JOINED = "+"
 """Between the names of parameters that a pass put side by side, all of one shape."""
-SUFFIXES = (INT8, SCALE, ZERO_POINT, UNSIGNED, TRANSPOSED)
+SUFFIXES = (INT8, BLOCKS, SCALE, ZERO_POINT, UNSIGNED, TRANSPOSED)
 """What passes append to a parameter's name, outermost first."""

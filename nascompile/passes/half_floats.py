@@ -21,6 +21,7 @@ HALF = ".half"
 class HalfFloats:
     name = "half_floats"
     standard = False
+    exact = False
     requires = "fold_linear, quantize_linear; only float32 among the floats"
     ensures = "if the candidate is FP16: no float32 but in the graph's inputs and outputs and the Casts beside them"
 

@@ -12,6 +12,7 @@ from nascompile.passes.graph import Graph, attribute
 class InlineConstants:
     name = "inline_constants"
     standard = True
+    exact = True
     requires = "nothing"
     ensures = "no Constant nodes"
 

@@ -1,4 +1,7 @@
-"""Linears of quantized blocks in QDQ form: inputs through a calibrated 8-bit grid, weights int8 with a scale per output channel."""
+"""Linears of quantized blocks in QDQ form: inputs through an 8-bit grid, weights int8 with a scale per output channel.
+
+The grid of an input is calibrated, or, in a precision that finds it in each call, that of DynamicQuantizeLinear.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,28 @@ from nascompile.passes.graph import INT8, SCALE, TRANSPOSED, ZERO_POINT, Graph
 class QuantizeLinear:
     name = "quantize_linear"
     standard = True
-    requires = "fold_linear; a range for the input of every quantized product"
-    ensures = "every quantized product reads DequantizeLinear twice; products that read one tensor on one grid share its QuantizeLinear"
+    exact = False
+    requires = "fold_linear; a range for the input of every quantized product with a calibrated grid"
+    ensures = "every product of integers reads DequantizeLinear twice; products that read one tensor on one grid share its QuantizeLinear"
 
     def apply(self, model: onnx.ModelProto, context: PassContext) -> onnx.ModelProto:
         graph = Graph(model)
         grids: dict[tuple[str, float, int], str] = {}
+        dynamic: dict[str, str] = {}
         for node in [n for n in graph.nodes if n.op_type == "MatMul"]:
             weight = node.input[1].removesuffix(TRANSPOSED)
             precision = context.quantized.get(weight)
             if precision is None or node.input[1] not in graph.constants:
                 continue
             scheme = plugins.get("quantization", precision.replace("-", "_"))
+            if scheme.precision.dynamic:
+                node.input[1] = _quantized_weight(graph, node.input[1], scheme)
+                tensor = node.input[0]
+                node.input[0] = dynamic[tensor] = dynamic.get(tensor) or _dynamic_input(graph, tensor)
+                graph.index()
+                continue
+            if not scheme.precision.calibrated:
+                continue
             if weight not in context.ranges:
                 raise UnsupportedError(
                     f"no calibrated range for the input of a quantized product: {weight}",
@@ -54,6 +67,16 @@ def _quantized_input(graph: Graph, tensor: str, scale: float, zero_point: np.int
     integers, result = f"{base}/QuantizeLinear_output_0", f"{base}/DequantizeLinear_output_0"
     graph.nodes.append(graph.node("QuantizeLinear", f"{base}/QuantizeLinear", [tensor, *parameters], [integers]))
     graph.nodes.append(graph.node("DequantizeLinear", f"{base}/DequantizeLinear", [integers, *parameters], [result]))
+    return result
+
+
+def _dynamic_input(graph: Graph, tensor: str) -> str:
+    """The tensor after a round trip through the grid of its own range."""
+    base = tensor.removesuffix("_output_0")
+    quantized = [f"{base}/DynamicQuantizeLinear_output_{i}" for i in range(3)]
+    result = f"{base}/DynamicQuantizeLinear/DequantizeLinear_output_0"
+    graph.nodes.append(graph.node("DynamicQuantizeLinear", f"{base}/DynamicQuantizeLinear", [tensor], quantized))
+    graph.nodes.append(graph.node("DequantizeLinear", f"{base}/DynamicQuantizeLinear/DequantizeLinear", quantized, [result]))
     return result
 
 

@@ -12,6 +12,7 @@ from nascompile.passes.graph import Graph, attribute
 class SplitGemm:
     name = "split_gemm"
     standard = True
+    exact = True
     requires = "Gemm nodes are linear layers: alpha = beta = 1, weight transposed"
     ensures = "no Gemm nodes"
 

@@ -17,6 +17,7 @@ OFFSET = 128
 class UnsignedWeights:
     name = "unsigned_weights"
     standard = False
+    exact = True
     requires = "quantize_linear, before fuse_integer_matmul"
     ensures = "weights of quantized products are uint8 with zero point 128; their values are unchanged"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import numpy as np
+
 from nascompile.records import Precision, Record, TensorFormat
 
 
@@ -23,12 +25,19 @@ def limits(integers: TensorFormat) -> tuple[int, int]:
     return (-half, half - 1) if integers.signed else (0, 2 * half - 1)
 
 
+def dequantize(integers: Any, scale: Any, group_size: int = 0) -> Any:
+    """(out, in) float32 of integers (out, in) and scales (out,), or (out, groups) of `group_size` inputs each, the last maybe fewer."""
+    if scale.ndim == 1:
+        return integers * scale[:, None]
+    return integers * np.repeat(scale, group_size, axis=1)[:, : integers.shape[1]]
+
+
 class Scheme(Protocol):
     name: str
     precision: Precision
 
     def quantize_weight(self, weight: Any) -> tuple[Any, Any]:
-        """NumPy (out, in) float32 ▸ (int8 (out, in), float32 scales (out,))."""
+        """NumPy (out, in) float32 ▸ (int8 (out, in), float32 scales (out,), or (out, groups) where groups have their own)."""
 
     def activation_parameters(self, low: float, high: float) -> tuple[float, int]:
         """(scale, zero point) for a range; error: half a scale inside the range."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from nascompile import plugins
-from nascompile.quantization import limits
+from nascompile.quantization import dequantize, limits
 from nascompile.records import Precision, TensorFormat
 
 SCHEMES = plugins.names("quantization")
@@ -35,27 +35,35 @@ def weights() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("case", list(weights()))
 @pytest.mark.parametrize("name", SCHEMES)
-def test_weights_come_back_within_half_a_step_of_their_row(name, case):
+def test_weights_come_back_within_half_a_step_of_what_shares_a_scale(name, case):
     scheme, weight = plugins.get("quantization", name), weights()[case]
     kept = weight.copy()
     integers, scale = scheme.quantize_weight(weight)
     limit = 2 ** (scheme.precision.weights.bits - 1) - 1
+    size = scheme.precision.weights.group_size or weight.shape[1]
     assert integers.shape == weight.shape
-    assert scale.shape == weight.shape[:1]
+    assert scale.shape == ((len(weight), -(-weight.shape[1] // size)) if scheme.precision.weights.group_size else weight.shape[:1])
     assert integers.dtype == np.int8
     assert scale.dtype == np.float32
     assert np.array_equal(weight, kept)
     assert (scale > 0).all()
     assert np.isfinite(scale).all()
     assert np.abs(integers.astype(int)).max() <= limit  # symmetric: -128 is not used
-    error = np.abs(integers.astype(np.float64) * scale.astype(np.float64)[:, None] - weight.astype(np.float64))
-    # half a step, and the rounding of the scale and the quotient to float32: 127 · 2⁻²³ of a step
-    assert (error <= (0.5 + 1e-4) * scale.astype(np.float64)[:, None]).all()
-    for row, ints in zip(weight, integers, strict=True):
-        if np.abs(row).max() > 0:
-            assert np.abs(ints.astype(int)).max() == limit  # the whole range is used
-        assert (ints[row == 0] == 0).all()
-    if case == "ties":
+    for r, row in enumerate(weight):
+        for start in range(0, len(row), size):
+            part, ints = row[start : start + size].astype(np.float64), integers[r, start : start + size].astype(int)
+            step = float(scale[r] if scale.ndim == 1 else scale[r, start // size])
+            # half a step, and the rounding of the scale and the quotient to float32: 127 · 2⁻²³ of a step
+            assert (np.abs(ints * step - part) <= (0.5 + 1e-4) * step).all()
+            if np.abs(part).max() > 0:
+                assert np.abs(ints).max() == limit  # the whole range is used
+            assert (ints[part == 0] == 0).all()
+    if scale.ndim == 1:
+        np.testing.assert_array_equal(dequantize(integers, scale), integers * scale[:, None])
+    else:
+        wide = np.concatenate([np.repeat(scale[:, [g]], size, axis=1) for g in range(scale.shape[1])], axis=1)[:, : weight.shape[1]]
+        np.testing.assert_array_equal(dequantize(integers, scale, size), integers * wide)
+    if case == "ties" and limit == 127:
         assert integers.tolist() == [[127, 0, 2, 0, -2, 2, -127]]
 
 

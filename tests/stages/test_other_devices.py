@@ -197,8 +197,8 @@ def test_precisions_that_another_device_lacks_are_refused(run: Path, number: int
     gpu(status=100)
     with pytest.raises(RecipeError, match="unknown precision of a build: int4") as raised:
         pipeline.build_candidate(run, number, device=GPU, precision="int4")
-    assert raised.value.hint == "known: as-searched, fp16, int8"
-    with pytest.raises(UnsupportedError, match="`fake` cannot run embedding in fp16: the fake backend knows fp32, int8, weight-int8 only"):
+    assert raised.value.hint.startswith("known: as-searched, fp16, int8, int8-dynamic, int8-symmetric, weight-int4-block128")
+    with pytest.raises(UnsupportedError, match="`fake` cannot run embedding in fp16: the fake backend knows fp32, int8, int8-dynamic"):
         pipeline.build_candidate(run, number, precision=network.HALF)
     folder = pipeline.build_candidate(run, number, precision=network.INTEGER)  # which it has
     assert folder.name == f"front-{number}-fake-int8"

@@ -15,10 +15,11 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import nascompile
-from nascompile import data, engine, pipeline, plugins, records
-from nascompile.errors import DataError, RecipeError, RecordError
+from nascompile import cli, data, engine, pipeline, plugins, records
+from nascompile.errors import DataError, RecipeError, RecordError, UnsupportedError
 from nascompile.families.toy import ToyConfig, demo_data
 from nascompile.journal import read as read_journal
 from nascompile.records import Choice, Correction, EngineManifest, Evaluation, Front, Measurement, Score, StageDone, TestResult, load
@@ -334,6 +335,49 @@ def test_a_run_folder_belongs_to_one_process_until_it_dies(quick: Recipe, tmp_pa
 
 
 # ---------------------------------------------------------------------------------------------- beside a run
+
+
+def test_what_each_pass_does_is_kept_beside_the_engines(copy: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    number = len(load(copy / "front.json", Front).evaluations)
+    done = CliRunner().invoke(cli.app, ["build", str(copy), "--candidate", str(number), "--keep-intermediate", "--json", "--quiet"])
+    assert done.exit_code == 0, done.stderr
+    (found,) = json.loads(done.stdout)["engines"]
+    assert found["engine"] == str(copy / "engines" / f"front-{number}")
+    names = [row["name"] for row in found["passes"]]
+    assert names[:2] == ["inline_constants", "split_gemm"]
+    assert names[-1] == "quantize_table"
+    graphs = copy / "engines" / f"front-{number}.graphs"
+    assert json.loads((graphs / "passes.json").read_text()) == found["passes"]
+    assert (graphs / found["passes"][-1]["file"]).read_bytes() == (graphs.with_suffix("") / "model.onnx").read_bytes()
+    assert engine.verify(copy / "engines" / f"front-{number}")
+    again = CliRunner().invoke(cli.app, ["build", str(copy), "--keep-intermediate", "--quiet"])
+    assert again.exit_code == 0, again.stderr
+    lines = again.stdout.splitlines()
+    assert lines.count(lines[1]) == 4  # a heading under each of the baseline, uniform INT8, and two candidates
+    assert "rounds" in next(line for line in lines if line.endswith("quantize_linear"))
+    assert (copy / "engines" / "baseline.graphs" / "00-exported.onnx").is_file()
+
+
+def test_a_candidate_in_another_precision_for_the_same_device(copy: Path) -> None:
+    precision = "int8-dynamic"
+    folder = pipeline.build_candidate(copy, 1, precision=precision)
+    assert folder.name == f"front-1-fake-{precision}"
+    manifest = load(folder / "manifest.json", EngineManifest)
+    assert {name for name, _ in manifest.precision_counts} == {"fp32", precision}
+    assert engine.verify(folder)
+
+
+def test_precisions_of_the_search_can_be_changed_without_training_again(copy: Path, quick: Recipe, performed: list[str]) -> None:
+    recipe = changed(with_file(quick), "search", precisions=("int8", "int8-dynamic"), evaluations=6)
+    pipeline.run(recipe, copy, until="build")
+    assert performed == ["profile", "search", "build"]
+    front = load(copy / "front.json", Front)
+    assert [p.name for p in front.space.precisions] == ["fp32", "int8", "int8-dynamic"]
+    uniform = load(copy / "engines" / "uniform-int8" / "manifest.json", EngineManifest)
+    assert {name for name, _ in uniform.precision_counts} == {"fp32", "int8-dynamic"}
+    with pytest.raises(UnsupportedError, match="`fake` cannot search weight-int4-block32"):
+        pipeline.run(changed(recipe, "search", precisions=("weight-int4-block32",)), copy, until="build")
 
 
 def test_one_more_candidate_of_a_front(copy: Path, performed: list[str]) -> None:

@@ -19,7 +19,9 @@ ROWS: dict[str, tuple[str, ...]] = {
     "plain": ("cuda_driver", "plugins", "space", "pareto", "latency_table", "journal", "progress", "places", "processes"),
     "samples": ("preprocess", "data_sources", "data"),
     "plug-ins": plugins.FOLDERS,
-    "shared": ("settings", "targets", "network", "models", "supernet", "lowering", "scoring", "accuracy", "engine", "variants"),
+    "shared": (
+        "settings", "targets", "network", "models", "supernet", "lowering", "pass_check", "scoring", "accuracy", "engine", "variants",
+    ),
     "stages": ("profiler", "finetune", "search", "build", "measure", "rerank", "report"),
     "pipeline": ("pipeline",),
     "surface": ("api", "terminal", "cli", "__main__"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig, DistilBertConfig, RobertaConfig, ViTConfig
 
-from nascompile import lowering, network, plugins, space as spaces
+from nascompile import lowering, network, plugins, space as spaces, supernet
 from nascompile.errors import ModelError, RecordError, UnsupportedError
 from nascompile.families.toy import ToyConfig
 from nascompile.quantization import ActivationRanges
@@ -187,13 +187,15 @@ def test_node_names_keep_the_module_path(bert):
     assert "/bert/encoder/layer.1/intermediate/dense/MatMul" in names
 
 
-def test_keep_writes_the_graph_after_each_pass(bert, tmp_path):
-    bert.lower(spaces.uniform(bert.space), keep=tmp_path)
+def test_watching_sees_the_graph_before_and_after_each_pass(bert, tmp_path):
+    seen = []
+    bert.lower(spaces.uniform(bert.space), watch=lambda step, model: seen.append((step and step.name, model.SerializeToString())))
     applied = [n for n in lowering.PASSES if plugins.get("passes", n).standard or n in bert.backend.passes]
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{i}-{n}.onnx" for i, n in enumerate(lowering.PASSES, 1) if n in applied]
+    assert [name for name, _ in seen] == [None, *applied]
+    graphs = dict(seen)
     feed = bert.inputs(np.random.default_rng(0))
     # from quantize_linear to quantize_table only the table changes: its rows are off by at most half a step
-    results = [bert.run(onnx.load(path), feed, tmp_path) for path in sorted(tmp_path.iterdir())[1:3]]
+    results = [bert.run(onnx.load_from_string(graphs[name]), feed, tmp_path) for name in ("quantize_linear", "quantize_table")]
     assert 0 < np.abs(results[0] - results[1]).max() < 0.05
 
 
@@ -235,6 +237,73 @@ def test_wrong_weights_are_named(bert):
 def test_quantizing_without_ranges_is_refused(bert):
     with pytest.raises(UnsupportedError, match="no calibrated range"):
         bert.lower(spaces.uniform(bert.space), ranges=None)
+
+
+# ---------------------------------------------------------------------------------------------- precisions beside those searched
+
+OTHERS = ("int8-dynamic", "weight-int8-block32", "weight-int8-block128", "weight-int4-block32", "weight-int4-block128")
+
+
+@pytest.mark.parametrize("precision", OTHERS)
+@pytest.mark.parametrize("name", ["vit", "bert", "toy"])
+def test_other_precisions_compute_what_is_emulated_and_store_what_is_counted(exports, name, precision, tmp_path):
+    """The graph, called with one sample at a time without padding, against the emulation of all of them together."""
+    case = make_case(exports, name, "onnxruntime")
+    arguments = (case.family, case.config, case.backend, case.target, "model")
+    case.space = network.search_space(*arguments, precisions=(precision, "weight-int8"))
+    rng, net = np.random.default_rng(4), supernet.Supernet(case.family, case.model)
+    for point in (spaces.uniform(case.space), spaces.sample(case.space, rng)):
+        lowered = case.lower(point, ranges=None)
+        said = network.graph(case.family, case.config, case.space, point, case.target)
+        found = lowering.describe(lowered, case.family, case.config)
+        for block, node in zip(found, said.nodes, strict=True):
+            assert sum(np.prod(shape, dtype=int) for _, shape in block.weights) == node.parameters, node.name
+            assert bool(block.quantized) == (node.operator.precision.name != "fp32"), node.name
+        stored, counted = sum(t.ByteSize() for t in lowered.graph.initializer), sum(n.size_bytes for n in said.nodes)
+        assert counted < stored < counted + 200 * len(lowered.graph.initializer)  # names, zero points, position indices
+        feed = case.inputs(rng, batch=6)
+        batches = [({k: torch.from_numpy(v) for k, v in feed.items()}, torch.zeros(6, dtype=torch.long))]
+        emulated, _ = supernet.emulate(net, case.space, point, case.target.id, batches, None)
+        runner = case.backend.load(tmp_path, case.backend.build(lowered, case.target, tmp_path), case.target)
+        for i, want in enumerate(emulated):
+            length = int(feed["attention_mask"][i].sum()) if "attention_mask" in feed else None
+            one = {k: v[i : i + 1] if v.ndim != 2 or k == "features" else v[i : i + 1, :length] for k, v in feed.items()}
+            # float weights: float32 sums in another order; integers: a value on the edge of two steps may fall to either side
+            limit = 0.02 * np.abs(emulated).max() if precision == "int8-dynamic" else 1e-5
+            assert np.abs(runner.run(one)["logits"][0] - want).max() < limit
+
+
+def test_a_grid_found_in_a_call_depends_on_the_samples_in_it(exports, tmp_path):
+    case = make_case(exports, "toy", "onnxruntime")
+    case.space = network.search_space(case.family, case.config, case.backend, case.target, "model", precisions=("int8-dynamic",))
+    point = spaces.uniform(case.space)
+    feed = case.inputs(np.random.default_rng(0), batch=6)
+    net, batches = supernet.Supernet(case.family, case.model), [({"features": torch.from_numpy(feed["features"])}, torch.zeros(6))]
+    single, triple = (supernet.emulate(net, case.space, point, case.target.id, batches, None, batch)[0] for batch in (1, 3))
+    runner = case.backend.load(tmp_path, case.backend.build(case.lower(point), case.target, tmp_path), case.target)
+    built = np.concatenate([runner.run({"features": feed["features"][i : i + 3]})["logits"] for i in (0, 3)])
+    # 64 x 6 inputs of products, of which hardly one lies so near a tie that float32 noise moves it
+    assert np.abs(built - triple).max() < 0.2 * np.abs(single - triple).max()
+
+
+def test_operators_of_other_precisions_are_built(exports, tmp_path):
+    case = make_case(exports, "bert", "onnxruntime")
+    for precision in OTHERS:
+        space = network.search_space(case.family, case.config, case.backend, case.target, "model", precisions=(precision,))
+        operator = next(o for o in network.operators(case.family, case.config, space, case.target) if o.precision.name == precision)
+        stack = lowering.lower_operator(case.blueprint, case.family, case.config, operator, 2, case.backend, seed=0)
+        wanted = "MatMulNBits" if precision.startswith("weight") else "MatMulIntegerToFloat"
+        assert [n.op_type for n in stack.graph.node].count(wanted) + 3 * [n.op_type for n in stack.graph.node].count("QAttention") == 8
+
+
+def test_a_product_that_no_pass_quantized_is_an_error(exports, monkeypatch):
+    case = make_case(exports, "bert", "onnxruntime")
+    arguments = (case.family, case.config, case.backend, case.target, "model")
+    case.space = network.search_space(*arguments, precisions=("weight-int4-block32",))
+    monkeypatch.setattr(type(case.backend), "passes", ("fuse_attention",))
+    with pytest.raises(UnsupportedError, match="18 of 18 weights were not quantized as asked") as error:
+        case.lower(spaces.uniform(case.space))
+    assert "bert.encoder.layer.2.output.dense.weight: weight-int4-block32" in error.value.detail
 
 
 # ---------------------------------------------------------------------------------------------- operators

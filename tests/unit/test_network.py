@@ -10,8 +10,9 @@ from transformers import BertConfig, DistilBertConfig, RobertaConfig, ViTConfig
 
 from nascompile import network, plugins, space as spaces
 from nascompile.errors import RecipeError, UnsupportedError
+from nascompile.families import Segment
 from nascompile.families.toy import ToyConfig
-from nascompile.records import FLOAT16, FLOAT32, INT8, INT8_SYMMETRIC, WEIGHT_INT8, Target
+from nascompile.records import FLOAT16, FLOAT32, INT8, INT8_SYMMETRIC, WEIGHT_INT8, Target, weight_only
 from nascompile.supernet import extract
 
 torch.set_num_threads(1)
@@ -304,3 +305,39 @@ def test_what_the_other_target_cannot_do_is_refused_by_block():
         network.retarget(family, config, space, spaces.largest(space), Backend(("fp16",)), other, "fp16")
     with pytest.raises(RecipeError, match="unknown precision of a build: int4"):
         network.retarget(family, config, space, spaces.largest(space), Backend(), other, "int4")
+
+
+# ---------------------------------------------------------------------------------------------- other precisions
+
+
+def test_a_space_offers_the_precisions_that_it_is_told_where_they_fit():
+    family, config, target, plain = make("bert")
+    backend = Backend(("weight-int4-block32",))
+    named = ("int8-dynamic", "weight-int8", "weight-int4-block32", "weight-int4-block128")
+    space = network.search_space(family, config, backend, target, "model", precisions=named)
+    choices = {gene.name: gene.choices for gene in space.genes if gene.kind == "precision"}
+    assert choices["embedding.precision"] == ("fp32", "weight-int8")
+    assert {choices[name] for name in choices if name.startswith("layers.")} == {("fp32", "int8-dynamic", "weight-int4-block128")}
+    assert {p.name for p in space.precisions} == {"fp32", *named} - {"weight-int4-block32"}
+    assert network.search_space(family, config, Backend(), target, "model", precisions=network.SEARCHED) == plain
+    none = network.search_space(family, config, Backend(), target, "model", precisions=())
+    assert not [gene for gene in none.genes if gene.kind == "precision"]
+    listed = network.operators(family, config, space, target)
+    assert {o.precision.name for o in listed if o.kind == "mlp"} == set(choices["layers.0.mlp.precision"])
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-dynamic", "weight-int4-block32"])
+def test_a_build_of_a_named_precision_is_of_it_where_it_can_be(precision):
+    family, config, target, space = make("bert")
+    other = Target(device="other", backend="made-up", workload=target.workload)
+    derived, found = network.retarget(family, config, space, spaces.largest(space), Backend(), other, precision)
+    blocks = {n.name: n.operator.precision.name for n in network.graph(family, config, derived, found, other).nodes}
+    assert {blocks.pop("embedding"), blocks.pop("head")} == {"weight-int8", "fp32"}
+    assert set(blocks.values()) == {precision}
+
+
+@pytest.mark.parametrize(("bits", "size", "columns", "groups"), [(4, 32, 64, 2), (4, 32, 65, 3), (8, 128, 64, 1), (8, 32, 33, 2)])
+def test_bytes_of_groups(bits, size, columns, groups):
+    segment = Segment("s", "mlp", "m", 0, None, ("w", "b"), ("w",), "int8")
+    said = network.block_bytes(segment, {"w": (10, columns), "b": (10,)}, weight_only(bits, size))
+    assert said == 10 * groups * (size * bits // 8 + 4) + 40

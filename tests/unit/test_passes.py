@@ -141,6 +141,78 @@ def test_int8_linear_computes_its_definition(rng, bias, fused):
         assert np.median(np.abs(run(after, x=x)[0] - want)) < 1e-6  # ties are rare; everything else is float32 rounding
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("fused", [False, True])
+def test_dynamic_int8_takes_the_range_of_the_whole_input_in_each_call(rng, bias, fused):
+    model, constants = linear_model(rng, bias)
+    after = apply("quantize_linear", apply("fold_linear", model), quantized={"a.weight": "int8-dynamic"})
+    assert kinds(after).count("DynamicQuantizeLinear") == 1
+    if fused:
+        after = apply("fuse_integer_matmul", after)
+        assert sorted(kinds(after)) == ["DynamicQuantizeLinear", "MatMulIntegerToFloat"]
+    onnx.checker.check_model(after)
+    for low, high in ((-2, 4), (0.5, 1.0), (-0.1, 0.0)):  # a range that does not hold 0 is stretched to it
+        x = rng.uniform(low, high, (64, 16)).astype(np.float32)
+        want = integer_linear(x, constants["a.weight"], constants["b0"] if bias else 0.0, min(x.min(), 0.0), max(x.max(), 0.0))
+        for run in (runtime,) if fused else (runtime, reference):
+            found = run(after, x=x)[0]
+            # one step of one input times the largest weight: x / scale in float32 may round to the other side of a tie
+            np.testing.assert_allclose(found, want, atol=(high - min(low, 0)) / 255 * np.abs(constants["a.weight"]).max())
+            assert np.median(np.abs(found - want)) < 1e-6
+    zeros = np.zeros((2, 16), np.float32)
+    np.testing.assert_array_equal(runtime(after, x=zeros)[0], np.broadcast_to(constants["b0"] if bias else np.zeros(8), (2, 8)))
+
+
+def test_products_of_one_tensor_find_its_range_once(rng):
+    model, _ = linear_model(rng, products=3)
+    quantized = {"a.weight": "int8-dynamic", "b.weight": "int8-dynamic", "c.weight": "int8"}
+    after = apply("quantize_linear", apply("fold_linear", model), quantized=quantized, ranges={"c.weight": (-2.0, 1.0)})
+    assert (kinds(after).count("DynamicQuantizeLinear"), kinds(after).count("QuantizeLinear")) == (1, 1)
+    x = rng.uniform(-1, 1, (4, 16)).astype(np.float32)
+    for got, want in zip(runtime(apply("fuse_integer_matmul", after), x=x), reference(after, x=x), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)  # the same integers; float32 sums in another order
+
+
+def wide_linear(rng, columns, bias):
+    weight, vector = rng.standard_normal((8, columns)).astype(np.float32), rng.standard_normal(8).astype(np.float32)
+    nodes = [helper.make_node("MatMul", ["x", "a.weight.T"], ["m" if bias else "y"], name="/a/MatMul")]
+    nodes += [helper.make_node("Add", ["b0", "m"], ["y"])] if bias else []
+    constants = {"a.weight.T": weight.T.copy()} | ({"b0": vector} if bias else {})
+    return model_of(nodes, constants, {"x": (TensorProto.FLOAT, ["n", columns])}, rank=2), weight, vector if bias else 0.0
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("columns", [64, 80, 160])
+@pytest.mark.parametrize(("bits", "size"), [(4, 32), (4, 128), (8, 32), (8, 128)])
+def test_groups_are_multiplied_as_scale_times_integers(rng, bits, size, columns, bias):
+    model, weight, vector = wide_linear(rng, columns, bias)
+    after = apply("quantize_blocks", model, quantized={"a.weight": f"weight-int{bits}-block{size}"})
+    assert kinds(after) == ["MatMulNBits"]
+    assert after.graph.node[0].name == "/a/MatMul"
+    stored = {t.name: (t.data_type, tuple(t.dims)) for t in after.graph.initializer}
+    groups = -(-columns // size)
+    assert stored.pop("a.weight.blocks") == (TensorProto.UINT8, (8, groups, size * bits // 8))
+    assert stored.pop("a.weight.scale") == (TensorProto.FLOAT, (8, groups))
+    assert set(stored) == ({"b0"} if bias else set())
+    top, rounded = 2 ** (bits - 1) - 1, np.zeros_like(weight)
+    for r in range(8):
+        for start in range(0, columns, size):
+            part = weight[r, start : start + size]
+            step = np.abs(part).max() / np.float32(top)
+            rounded[r, start : start + size] = np.rint(part / step) * step
+    assert 1e-3 < np.abs(rounded - weight).max() < 0.5
+    x = rng.standard_normal((5, columns)).astype(np.float32)
+    np.testing.assert_allclose(runtime(after, x=x)[0], x @ rounded.T + vector, atol=1e-4)  # float32 sums of 160 terms near 1
+    assert parameter_of("a.weight.blocks") == "a.weight"
+
+
+def test_groups_leave_other_precisions_and_other_weights_alone(rng):
+    model, _, _ = wide_linear(rng, 64, True)
+    for quantized in ({"a.weight": "int8"}, {"b.weight": "weight-int4-block32"}):
+        assert kinds(apply("quantize_blocks", model, quantized=quantized)) == ["MatMul", "Add"]
+    assert kinds(apply("quantize_linear", model, quantized={"a.weight": "weight-int4-block32"})) == ["MatMul", "Add"]
+
+
 def test_unsigned_weights_are_the_same_numbers(rng):
     model, _ = linear_model(rng)
     context = {"quantized": {"a.weight": "int8"}, "ranges": {"a.weight": (-1.0, 3.0)}}

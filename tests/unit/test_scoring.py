@@ -11,7 +11,7 @@ import pytest
 from nascompile import plugins, scoring
 from nascompile.data import Split
 from nascompile.preprocess import Preprocessing, Preprocessor
-from nascompile.records import Score
+from nascompile.records import FLOAT32, INT8, INT8_DYNAMIC, WEIGHT_ONLY, Score, Target, Workload
 
 TASK = plugins.get("tasks", "classification")
 
@@ -90,7 +90,7 @@ def make_split(samples, digest="d") -> Split:
 
 def test_an_engine_is_scored_on_every_sample_once_and_never_again(tmp_path):
     split, runner = make_split(70), Runner()
-    manifest = SimpleNamespace(name="a", files=(("model.onnx", "1" * 64),), weights_digest="w")
+    manifest = SimpleNamespace(name="a", files=(("model.onnx", "1" * 64),), weights_digest="w", graph=None, target=None)
     engine = scoring.Loaded(tmp_path, manifest, runner)
     found = scoring.score_engine(engine, split, TASK, "accuracy", tmp_path)
     assert runner.calls == [32, 32, 6]
@@ -103,6 +103,36 @@ def test_an_engine_is_scored_on_every_sample_once_and_never_again(tmp_path):
     # other files, another split or another metric are other scores
     scoring.score_engine(engine, make_split(8, "other"), TASK, "accuracy", tmp_path)
     scoring.score_engine(engine, split, TASK, "f1", tmp_path)
-    changed = SimpleNamespace(name="a", files=(("model.onnx", "2" * 64),), weights_digest="w")
+    changed = SimpleNamespace(name="a", files=(("model.onnx", "2" * 64),), weights_digest="w", graph=None, target=None)
     scoring.score_engine(scoring.Loaded(tmp_path, changed, runner), split, TASK, "accuracy", tmp_path)
     assert len(runner.calls) == 3 + 1 + 3 + 3
+
+
+def test_samples_that_influence_each_other_are_scored_as_many_at_a_time_as_the_engine_will_get(tmp_path):
+    target = Target(device="d", backend="b", workload=Workload(batch=2))
+    assert [scoring.batch_of((FLOAT32, p), target) for p in (INT8, *WEIGHT_ONLY, INT8_DYNAMIC)] == [32] * 5 + [2]
+    node = SimpleNamespace(operator=SimpleNamespace(precision=INT8_DYNAMIC))
+    manifest = SimpleNamespace(name="a", files=(), weights_digest="w", graph=SimpleNamespace(nodes=(node,)), target=target)
+    runner = Runner()
+    scoring.score_engine(scoring.Loaded(tmp_path, manifest, runner), make_split(5), TASK, "accuracy", tmp_path)
+    assert runner.calls == [2, 2, 1]
+
+
+def test_a_single_text_comes_without_padding():
+    seen = []
+
+    class Lengths:
+        def run(self, inputs):
+            seen.append((inputs["input_ids"].shape, inputs["attention_mask"].sum()))
+            return {"logits": np.zeros((len(inputs["input_ids"]), 2))}
+
+    class Texts:
+        def batches(self, size):
+            mask = np.int64([[1, 1, 1, 0], [1, 0, 0, 0]])
+            for i in range(0, 2, size):
+                part = mask[i : i + size]
+                yield {"input_ids": np.ones_like(part), "attention_mask": part}, np.zeros(len(part))
+
+    for batch in (1, 32):
+        scoring.score_runner(Lengths(), Texts(), TASK, "accuracy", "s", "w", "e", batch)
+    assert seen == [((1, 3), 3), ((1, 1), 1), ((2, 4), 4)]

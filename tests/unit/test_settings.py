@@ -123,3 +123,11 @@ def test_bounds_become_budgets_of_the_target():
 @pytest.mark.parametrize("make", [settings.demo_recipe, settings.toy_recipe])
 def test_embedded_recipes_are_sound(make):
     assert settings.check(make()) == make()
+
+
+def test_unknown_precisions_are_refused_and_the_known_are_named():
+    demo = settings.demo_recipe()
+    search = msgspec.structs.replace(demo.search, precisions=("int8", "int3"))
+    with pytest.raises(RecipeError) as caught:
+        settings.check(msgspec.structs.replace(demo, search=search))
+    assert "search.precisions = ('int8', 'int3'): some of int8, int8-dynamic" in caught.value.detail
