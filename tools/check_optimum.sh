@@ -1,26 +1,10 @@
 #!/usr/bin/env bash
 # Opens engine folders with optimum's ORTModel classes, runs each engine's own sample and compares with the stored outputs.
-# optimum-onnx wants transformers 4, this project transformers 5: an environment of its own is made once, under .cache.
 set -euo pipefail
 [ $# -gt 0 ] || { echo "usage: tools/check_optimum.sh ENGINE_FOLDER..." >&2; exit 2; }
-checkout=$(cd "$(dirname "$0")/.." && pwd)
-venv=$checkout/.cache/optimum-venv
-# runtime and torch as this project is tested with: another runtime may round integers another way
-requirements="optimum-onnx==0.1.0 optimum~=2.1.0 transformers<4.58 $(grep -E '^(onnxruntime|torch)==' "$checkout/constraints.txt" | xargs)"
+python=$("$(dirname "$0")/optimum_environment.sh")
 
-mkdir -p "$(dirname "$venv")"
-exec 9>"$venv.lock"
-flock 9 # two checks at once make one environment
-if [ "$(cat "$venv/made-of" 2>/dev/null)" != "$requirements" ]; then
-  echo "making the environment $venv" >&2
-  "${PYTHON:-python3}" -m venv --clear "$venv"
-  # shellcheck disable=SC2086 # one requirement a word
-  "$venv/bin/pip" install -q $requirements >"$venv/install.log" 2>&1 || { cat "$venv/install.log" >&2; exit 1; }
-  echo "$requirements" >"$venv/made-of"
-fi
-flock -u 9
-
-HF_HUB_OFFLINE=1 "$venv/bin/python" - "$@" <<'PY'
+HF_HUB_OFFLINE=1 "$python" - "$@" <<'PY'
 import json
 import sys
 from pathlib import Path
