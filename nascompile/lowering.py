@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,11 +33,15 @@ from nascompile.records import FLOAT16, Candidate, Operator, Precision, SearchSp
 OPSET = 20
 STRUCTURE_PASSES = ("inline_constants", "split_gemm", "fuse_attention", "expand_attention")
 """Applied to the blueprint, before weights exist."""
+SLICED_PASSES = ("fold_linear",)
+"""Applied to a candidate's graph before it has weights, so that none is stored twice."""
 PASSES = (
-    "fold_linear", "quantize_linear", "quantize_blocks", "quantize_table", "unsigned_weights", "fuse_integer_matmul",
+    "quantize_linear", "quantize_blocks", "quantize_table", "unsigned_weights", "fuse_integer_matmul",
     "fuse_integer_attention", "half_floats",
 )  # fmt: skip
 """Applied to a candidate's graph, with its weights."""
+CHECKED_ELEMENTS = 1 << 10
+"""Of initializers that are looked at when a graph is checked: shapes and constants, no weights."""
 RANDOM_RANGE = (-4.0, 4.0)
 """Input range of quantized products in an operator's graph: about what follows a layer norm."""
 
@@ -66,9 +71,9 @@ def _export(family: Family, config: Any) -> onnx.ModelProto:
     import torch
 
     model = family.create(type(config).from_dict(config.to_dict()))
-    with torch.no_grad():
-        for i, parameter in enumerate(model.parameters()):
-            parameter.fill_(1e-3 * (i + 1))  # all different: the exporter merges parameters with equal values
+    for i, parameter in enumerate(model.parameters()):
+        # all different: the exporter merges parameters with equal values; one number each, repeated by strides: they take no memory
+        parameter.data = torch.full((1,), 1e-3 * (i + 1)).expand(parameter.shape)
     inputs = family.inputs(config)
     names = {spec.name: {i: d for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in inputs}
     with tempfile.TemporaryDirectory() as folder, _quiet():
@@ -76,10 +81,10 @@ def _export(family: Family, config: Any) -> onnx.ModelProto:
         torch.onnx.export(
             model, tuple(_example(spec.dtype, spec.shape, spec.high) for spec in inputs), str(path),
             input_names=[spec.name for spec in inputs], output_names=["logits"], dynamic_axes={**names, "logits": {0: "batch"}},
-            opset_version=OPSET, do_constant_folding=False, dynamo=False,
+            opset_version=OPSET, do_constant_folding=False, dynamo=False, export_params=False,
         )  # fmt: skip
         exported = onnx.load(path)
-    return _without_weights(exported, family.parameters(config))
+    return _with_inputs(exported, family.parameters(config), {spec.name for spec in inputs})
 
 
 def _example(dtype: str, shape: tuple[int | str, ...], high: int) -> Any:
@@ -97,16 +102,20 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _without_weights(model: onnx.ModelProto, parameters: Mapping[str, tuple[int, ...]]) -> onnx.ModelProto:
+def _with_inputs(model: onnx.ModelProto, parameters: Mapping[str, tuple[int, ...]], inputs: set[str]) -> onnx.ModelProto:
+    """The exported graph, its inputs being the network's and then the parameters it reads; ModelError for any other."""
     graph = model.graph
-    found = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    for i in reversed(range(len(graph.initializer))):
-        if graph.initializer[i].name in parameters:
-            del graph.initializer[i]
+    found = {value.name: value for value in graph.input}
+    if unknown := sorted(found.keys() - parameters.keys() - inputs):
+        raise ModelError(f"exported with values that are no parameters: {', '.join(unknown)}", hint="try another version of transformers")
+    for i in reversed(range(len(graph.input))):
+        if graph.input[i].name in parameters:
+            del graph.input[i]
     for name, shape in parameters.items():
         if name in found:
-            if found[name] != shape:
-                raise ModelError(f"exported with another shape than the family describes: {name} {found[name]}, expected {shape}")
+            exported = tuple(d.dim_value for d in found[name].type.tensor_type.shape.dim)
+            if exported != shape:
+                raise ModelError(f"exported with another shape than the family describes: {name} {exported}, expected {shape}")
             graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
     del graph.value_info[:]
     return model
@@ -194,15 +203,14 @@ def lower(
     model = graph.finish()
     _check_dropped(model, blueprint, {s.name for s in segments})
     _set_heads(model, blueprint.parameters, shapes)
-    read = {name for node in model.graph.node for name in node.input}
-    _bind(model, {name: _prefix(name, weights, shapes[name]) for name in blueprint.parameters if name in read})
-    _drop_inputs(model, blueprint.parameters)
     context = PassContext(
         parameters=shapes,
         quantized=network.quantized_weights(family, config, space, candidate, target.id),
         ranges={name: (low, high) for name, low, high in ranges.sites} if ranges else {},
         half=_half({network.block_precision(space, candidate, segment, target.id) for segment in segments}),
     )
+    model = _apply(SLICED_PASSES, model, context, backend)
+    _bind(model, blueprint.parameters, lambda name: _prefix(name, weights, shapes[name]))
     return _checked(_quantized(_apply(PASSES, model, context, backend, watch), context))
 
 
@@ -252,16 +260,15 @@ def _prefix(name: str, weights: Mapping[str, Array], shape: tuple[int, ...]) -> 
     return value[tuple(slice(count) for count in shape)].astype(np.float32, copy=False)
 
 
-def _bind(model: onnx.ModelProto, values: Mapping[str, Array]) -> None:
-    """Add initializers; no input is left that has the name of one."""
-    inputs = [value for value in model.graph.input if value.name not in values]
-    del model.graph.input[:]
-    model.graph.input.extend(inputs)
-    model.graph.initializer.extend(numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in values.items())
-
-
-def _drop_inputs(model: onnx.ModelProto, names: Iterable[str]) -> None:
-    gone = set(names)
+def _bind(model: onnx.ModelProto, parameters: Collection[str], value: Callable[[str], Array]) -> None:
+    """Parameters that are inputs become initializers, transposed where the input is; those that nothing reads are left out."""
+    read = {name for node in model.graph.node for name in node.input}
+    inputs = [entry for entry in model.graph.input if parameter_of(entry.name) in parameters]
+    for name in [entry.name for entry in inputs if entry.name in read]:
+        array = value(parameter_of(name))
+        array = array.T if name.endswith(TRANSPOSED) else array
+        model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+    gone = {entry.name for entry in inputs}
     for i in reversed(range(len(model.graph.input))):
         if model.graph.input[i].name in gone:
             del model.graph.input[i]
@@ -284,9 +291,20 @@ def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model, if onnx finds it valid; shapes are inferred too where every operator is standard ONNX."""
+    """The model, if onnx finds it valid; shapes are inferred too where every operator is standard ONNX.
+
+    Large initializers are inputs of what is checked: the checker copies its argument twice.
+    """
     standard = all(node.domain in ("", "ai.onnx") for node in model.graph.node)
-    onnx.checker.check_model(model, full_check=standard)
+    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    graph = model.graph
+    light.graph.MergeFrom(onnx.GraphProto(name=graph.name, node=graph.node, input=graph.input, output=graph.output))
+    for tensor in graph.initializer:
+        if math.prod(tensor.dims) > CHECKED_ELEMENTS:
+            light.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        else:
+            light.graph.initializer.append(tensor)
+    onnx.checker.check_model(light, full_check=standard)
     return model
 
 
@@ -312,7 +330,6 @@ def lower_operator(
     _set_heads(model, full, sliced)
     rng = np.random.default_rng(seed)
     norms = {node.input[1] for node in model.graph.node if node.op_type == "LayerNormalization"}
-    _bind(model, {name: _random(shape, name in norms, rng) for name, shape in sliced.items()})
     quantized = [name for name, p in copies.items() if p in segment.quantizable and operator.precision.weights.kind == "int"]
     context = PassContext(
         parameters=sliced,
@@ -320,6 +337,8 @@ def lower_operator(
         ranges=dict.fromkeys(quantized, RANDOM_RANGE),
         half=_half({operator.precision}),
     )
+    model = _apply(SLICED_PASSES, model, context, backend)
+    _bind(model, sliced, lambda name: _random(sliced[name], name in norms, rng))
     return _checked(_quantized(_apply(PASSES, model, context, backend), context))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,14 +81,63 @@ class OnnxRuntime:
         import onnx
 
         path = folder / "model.onnx"
-        large = form.ByteSize() > PROTOBUF_LIMIT
-        onnx.save(form, path, save_as_external_data=large, location=f"{path.name}.data")
-        return (path.name, f"{path.name}.data") if large else (path.name,)
+        if sum(map(_size, form.graph.initializer)) > PROTOBUF_LIMIT:
+            onnx.save(form, path, save_as_external_data=True, location=f"{path.name}.data")
+            return path.name, f"{path.name}.data"
+        with path.open("wb") as stream:
+            stream.writelines(serialized(form))
+        return (path.name,)
 
     def load(self, folder: Path, graphs: tuple[str, ...], target: Target) -> Runner:
         if reason := self.unavailable():
             raise UnsupportedError(f"cannot load an engine: {reason}")
         return OrtRunner(folder / graphs[0], target)
+
+
+def serialized(model: Any) -> Iterator[bytes]:
+    """The bytes of `model.SerializeToString()` in pieces, a weight at a time: as a whole they would take its memory once more."""
+    import onnx
+
+    graph, initializers = model.graph, onnx.GraphProto.DESCRIPTOR.fields_by_name["initializer"].number
+    own = onnx.ModelProto.DESCRIPTOR.fields_by_name["graph"].number
+    yield _fields(model, lambda number: number < own)
+    before, after = _fields(graph, lambda number: number < initializers), _fields(graph, lambda number: number > initializers)
+    heads = [_tag(initializers) + _varint(_size(tensor)) for tensor in graph.initializer]
+    yield _tag(own) + _varint(len(before) + len(after) + sum(map(len, heads)) + sum(map(_size, graph.initializer)))
+    yield before
+    for head, tensor in zip(heads, graph.initializer, strict=True):
+        yield head
+        yield tensor.SerializeToString()
+    yield after
+    yield _fields(model, lambda number: number > own)
+
+
+def _size(message: Any) -> int:
+    """Serialized bytes; the library finds them by serializing, so this is for messages of which a copy does no harm."""
+    return int(message.ByteSize())
+
+
+def _fields(message: Any, wanted: Callable[[int], bool]) -> bytes:
+    """A message's fields with the wanted numbers, serialized."""
+    part = type(message)()
+    for field, value in message.ListFields():
+        if wanted(field.number):
+            part.MergeFrom(type(message)(**{field.name: value}))
+    content: bytes = part.SerializeToString()
+    return content
+
+
+def _tag(number: int) -> bytes:
+    """Of a field that has a length."""
+    return _varint(number << 3 | 2)
+
+
+def _varint(number: int) -> bytes:
+    found = bytearray()
+    while number > 127:
+        found.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*found, number])
 
 
 class OrtRunner:

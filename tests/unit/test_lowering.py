@@ -169,6 +169,24 @@ def test_some_backends_get_standard_onnx_only(exports, backend):
         assert {node.domain for node in case.lower(spaces.uniform(case.space)).graph.node} == {""}
 
 
+def test_a_graph_written_in_pieces_is_the_file_that_onnx_writes(bert, tmp_path):
+    for point in (spaces.largest(bert.space), spaces.uniform(bert.space)):
+        lowered = bert.lower(point)
+        lowered.metadata_props.add(key="after", value="the graph")
+        lowered.graph.doc_string = "after the initializers"
+        bert.backend.build(lowered, bert.target, tmp_path)
+        assert (tmp_path / "model.onnx").read_bytes() == lowered.SerializeToString()
+        assert onnx.load(tmp_path / "model.onnx") == lowered
+
+
+def test_weights_are_stored_as_the_products_read_them(bert):
+    """Transposed while they are bound: what is stored twice, or dropped later, stays in the model's memory."""
+    seen = []
+    bert.lower(spaces.largest(bert.space), watch=lambda step, model: seen.append([t.name for t in model.graph.initializer]))
+    assert "bert.encoder.layer.0.output.dense.weight.T" in seen[0]
+    assert all(names == seen[0] for names in seen)
+
+
 def test_onnxruntime_gets_integer_products_and_fused_attention(bert):
     nodes = [node.op_type for node in bert.lower(spaces.uniform(bert.space)).graph.node]
     assert nodes.count("MatMulIntegerToFloat") == 3 * 3

@@ -51,7 +51,7 @@ def rng():
 
 
 def test_every_pass_is_listed_once_and_described():
-    listed = lowering.STRUCTURE_PASSES + lowering.PASSES
+    listed = lowering.STRUCTURE_PASSES + lowering.SLICED_PASSES + lowering.PASSES
     assert sorted(listed) == sorted(set(listed)) == sorted(plugins.names("passes"))
     for name in listed:
         step = plugins.get("passes", name)
@@ -109,6 +109,20 @@ def test_fold_linear(rng):
     assert kinds(after) == ["MatMul", "Add"]
     assert {t.name: tuple(t.dims) for t in after.graph.initializer} == {"a.weight.T": (16, 8), "b0": (8,)}
     np.testing.assert_allclose(reference(after, x=x)[0], x @ constants["a.weight"].T + constants["b0"], atol=1e-5)
+
+
+def test_a_weight_that_is_an_input_becomes_another_input(rng):
+    model, constants = linear_model(rng)
+    weight = next(t for t in model.graph.initializer if t.name == "a.weight")
+    model.graph.initializer.remove(weight)
+    model.graph.input.append(helper.make_tensor_value_info("a.weight", TensorProto.FLOAT, (8, 16)))
+    after = apply("fold_linear", model, parameters={"a.weight": (8, 16)})
+    assert kinds(after) == ["MatMul", "Add"]
+    added = after.graph.input[-1]
+    assert (added.name, [d.dim_value for d in added.type.tensor_type.shape.dim]) == ("a.weight.T", [16, 8])
+    x = rng.standard_normal((3, 16)).astype(np.float32)
+    feed = {"x": x, "a.weight": constants["a.weight"], "a.weight.T": constants["a.weight"].T}
+    np.testing.assert_allclose(reference(after, **feed)[0], x @ constants["a.weight"].T + constants["b0"], atol=1e-5)
 
 
 def integer_linear(x, weight, bias, low, high):
