@@ -32,9 +32,9 @@ class Plan:
 
 
 def plan(call: Callable[[], Any]) -> Plan:
-    """From the faster of two calls, after one that prepares buffers."""
-    call()
-    once = max(min(_timed(call) for _ in range(2)), 1e-6)
+    """From a call that is not the first, or from the faster of two if it is short."""
+    once = _timed(call)
+    once = max(once if once > VISIT else min(once, _timed(call)), 1e-6)
     return Plan(warm=max(1, round(WARM / once)), recorded=max(1, round(VISIT / once)))
 
 
