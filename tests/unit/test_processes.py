@@ -1,4 +1,4 @@
-"""Which of several processes this is, without starting any: `tests/stages/test_processes.py` does."""
+"""Which of several processes this is, without starting any: `tests/stages/test_several_processes.py` does."""
 
 from __future__ import annotations
 
