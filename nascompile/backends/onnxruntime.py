@@ -49,7 +49,7 @@ class OnnxRuntime:
     """MLAS multiplies tiles of 16 (AVX2, VNNI) or 32 (AVX-512 float) columns and groups of 4 rows: multiples of 32 leave none partial."""
     passes: tuple[str, ...] = (
         "fuse_attention", "quantize_blocks", *integer_passes(platform.machine(), cpu_flags()), "fuse_integer_matmul",
-        "fuse_integer_attention",
+        "fuse_integer_attention", "fuse_float_attention",
     )  # fmt: skip
     tunable: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("graph_optimization_level", ("all", "extended", "basic")),

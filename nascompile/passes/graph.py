@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx.shape_inference
 from onnx import numpy_helper
 
 from nascompile.errors import UnsupportedError
@@ -139,6 +140,21 @@ class Graph:
             found.add(id(node))
             waiting.extend(node.input)
         return [node for node in self.nodes if id(node) in found]
+
+
+Known = dict[str, tuple[int, tuple[int | None, ...] | None]]
+"""Tensor ▸ (type, shape), as far as they are known: 0 or None where they are not."""
+
+
+def inferred(model: onnx.ModelProto) -> Known:
+    """Types and shapes of the tensors of a graph without weights that follow from its inputs and from constants."""
+    found: Known = {tensor.name: (tensor.data_type, tuple(tensor.dims)) for tensor in model.graph.initializer}
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        tensor = value.type.tensor_type
+        dims = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim) if tensor.HasField("shape") else None
+        found[value.name] = (tensor.elem_type, dims)
+    return found
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:

@@ -27,7 +27,7 @@ CASES = {
 }
 BACKENDS = ("onnxruntime", "openvino", "fake")
 INTEGER = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
-ATTENTION = ("MultiHeadAttention", "QAttention")
+ATTENTION = ("MultiHeadAttention", "QAttention", "Attention")
 
 
 @dataclass
@@ -182,7 +182,12 @@ def test_a_graph_written_in_pieces_is_the_file_that_onnx_writes(bert, tmp_path):
 def test_weights_are_stored_as_the_products_read_them(bert):
     """Transposed while they are bound: what is stored twice, or dropped later, stays in the model's memory."""
     seen = []
-    bert.lower(spaces.largest(bert.space), watch=lambda step, model: seen.append([t.name for t in model.graph.initializer]))
+
+    def watch(step, model):
+        if step is None or step.name != "fuse_float_attention":  # which puts query, key and value of a narrow network side by side
+            seen.append([t.name for t in model.graph.initializer])
+
+    bert.lower(spaces.largest(bert.space), watch=watch)
     assert "bert.encoder.layer.0.output.dense.weight.T" in seen[0]
     assert all(names == seen[0] for names in seen)
 
@@ -199,8 +204,8 @@ def test_onnxruntime_gets_integer_products_and_fused_attention(bert):
 
 def test_node_names_keep_the_module_path(bert):
     names = {node.name for point in (spaces.largest, spaces.uniform) for node in bert.lower(point(bert.space)).graph.node}
-    assert "/bert/encoder/layer.1/attention/self/query/MatMul" in names
-    assert "/bert/encoder/layer.1/attention/self/MultiHeadAttention" in names
+    assert "/bert/encoder/layer.1/attention/output/dense/MatMul" in names
+    assert "/bert/encoder/layer.1/attention/self/Attention" in names
     assert "/bert/encoder/layer.1/attention/self/QAttention" in names
     assert "/bert/encoder/layer.1/intermediate/dense/MatMul" in names
 

@@ -259,7 +259,7 @@ def test_products_share_a_quantized_input_exactly_where_the_grid_is_the_same(rng
         np.testing.assert_allclose(got, want, atol=1e-5)  # the same integers; float32 sums in another order
 
 
-def integer_attention_model(rng, *, width=16, bias=True, padded=True, ranges=(1.0, 1.0, 1.0), **attributes):
+def integer_attention_model(rng, *, width=16, bias=True, padded=True, ranges=(1.0, 1.0, 1.0), quantized=True, **attributes):
     """MultiHeadAttention of two heads over three INT8 products of x (batch, sequence, width), in the runtime's operators."""
     nodes, constants = [], {}
     for name in "abc":
@@ -275,6 +275,8 @@ def integer_attention_model(rng, *, width=16, bias=True, padded=True, ranges=(1.
     known = {"x": (TensorProto.FLOAT, ["b", "s", width])} | ({"padding": (TensorProto.INT32, ["b", "s"])} if padded else {})
     model = model_of(nodes, constants, known, rank=3)
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    if not quantized:
+        return model
     spans = {f"{name}.weight": (-1.0, high) for name, high in zip("abc", ranges, strict=True)}
     return apply("quantize_linear", model, quantized=dict.fromkeys(spans, "int8"), ranges=spans)
 
@@ -293,6 +295,31 @@ def test_integer_attention_is_the_same_function(rng, padded, unsigned):
     if padded:
         feed["padding"] = np.int32([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
     np.testing.assert_allclose(runtime(joined, **feed)[0], runtime(apart, **feed)[0], atol=1e-5)  # softmax in another order
+
+
+def float_attention_model(rng, **changes):
+    """As above in floats: what `fuse_float_attention` finds."""
+    return integer_attention_model(rng, quantized=False, **changes)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_float_attention_is_the_same_function(rng, padded):
+    model = float_attention_model(rng, padded=padded)
+    joined = apply("fuse_float_attention", model)
+    assert kinds(joined) == ["Attention"]
+    weight = next(t for t in joined.graph.initializer if t.name.endswith(".T"))
+    assert parameter_of(weight.name).split("+") == ["a.weight", "b.weight", "c.weight"]
+    assert tuple(weight.dims) == (16, 24)  # heads of 4 of a network of 16: as after slicing
+    feed = {"x": rng.uniform(-1.5, 1.5, (3, 5, 16)).astype(np.float32)}
+    if padded:
+        feed["padding"] = np.int32([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    np.testing.assert_allclose(runtime(joined, **feed)[0], runtime(model, **feed)[0], atol=1e-5)  # softmax in another order
+
+
+@pytest.mark.parametrize("case", [{"width": 288}, {"bias": False}, {"scale": 0.25}])
+def test_float_attention_leaves_what_it_cannot_take_or_what_it_would_slow(rng, case):
+    model = float_attention_model(rng, **case)
+    assert "Attention" not in kinds(apply("fuse_float_attention", model))
 
 
 @pytest.mark.parametrize("case", [{"width": 544}, {"bias": False}, {"ranges": (1.0, 1.0, 2.0)}, {"scale": 0.25}])
@@ -462,3 +489,46 @@ def test_only_a_mask_that_is_zero_whatever_the_inputs_hold_goes(source, value, f
     after = kinds(apply("fuse_attention", model, parameters=shapes))
     assert "MultiHeadAttention" in after
     assert "Expand" not in after
+
+
+# ---------------------------------------------------------------------------------------------- constants and what does nothing
+
+
+def test_constants_are_folded_and_shapes_that_are_known(rng):
+    n = helper.make_node
+    nodes = [
+        n("Unsqueeze", ["two", "axis"], ["vector"]), n("Shape", ["w"], ["size"]), n("Shape", ["x"], ["open"]),
+        n("Gather", ["open", "zero"], ["batch"]), n("Unsqueeze", ["batch", "axis"], ["first"]),
+        n("Concat", ["first", "vector", "rest"], ["target"], axis=0), n("Reshape", ["x", "target"], ["r"]),
+        n("Gather", ["size", "zero"], ["rows"]), n("Cast", ["rows"], ["factor"], to=TensorProto.FLOAT), n("Mul", ["r", "factor"], ["y"]),
+        n("RandomNormal", [], ["noise"], shape=[2]),
+    ]  # fmt: skip
+    constants = {"two": np.int64(2), "axis": np.int64([0]), "zero": np.int64(0), "rest": np.int64([-1])}
+    model = model_of(nodes, constants, {"x": (TensorProto.FLOAT, ["batch", 6]), "w": (TensorProto.FLOAT, [5, 3])}, rank=3)
+    after = apply("fold_constants", model)
+    assert kinds(after) == ["Shape", "Gather", "Unsqueeze", "Concat", "Reshape", "Mul"]  # the batch is not known
+    x = rng.standard_normal((4, 6)).astype(np.float32)
+    np.testing.assert_array_equal(reference(after, x=x, w=np.zeros((5, 3), np.float32))[0], x.reshape(4, 2, 3) * 5)
+
+
+def test_a_large_result_is_left_to_be_computed():
+    nodes = [helper.make_node("ConstantOfShape", ["shape"], ["large"]), helper.make_node("Add", ["x", "large"], ["y"])]
+    for size, left in ((1 << 16, ["Add"]), ((1 << 16) + 1, ["ConstantOfShape", "Add"])):
+        model = model_of(nodes, {"shape": np.int64([size])}, {"x": (TensorProto.FLOAT, [size])})
+        assert kinds(apply("fold_constants", model)) == left
+
+
+def test_what_gives_back_what_it_reads_is_dropped(rng):
+    n = helper.make_node
+    nodes = [
+        n("Identity", ["x"], ["a"]), n("Cast", ["a"], ["b"], to=TensorProto.FLOAT), n("Dropout", ["b"], ["c"]),
+        n("Transpose", ["c"], ["d"], perm=[0, 1]), n("Shape", ["d"], ["s"]), n("Reshape", ["s", "flat"], ["v"]),
+        n("Reshape", ["d", "v"], ["e"]), n("Transpose", ["e"], ["f"], perm=[1, 0]), n("Reshape", ["f", "flat"], ["g"]),
+        n("Cast", ["g"], ["h"], to=TensorProto.FLOAT16), n("Cast", ["h"], ["i"], to=TensorProto.FLOAT), n("Identity", ["i"], ["y"]),
+    ]  # fmt: skip
+    model = model_of(nodes, {"flat": np.int64([-1])}, {"x": (TensorProto.FLOAT, ["batch", 3])}, rank=1)
+    after = apply("drop_no_ops", model)
+    # what moves numbers, rounds them or makes an output stays
+    assert kinds(after) == ["Shape", "Reshape", "Transpose", "Reshape", "Cast", "Cast", "Identity"]
+    x = rng.standard_normal((4, 3)).astype(np.float32)
+    np.testing.assert_array_equal(reference(after, x=x)[0], reference(model, x=x)[0])
