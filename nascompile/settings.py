@@ -74,7 +74,7 @@ class SearchSettings(Record, frozen=True):
     validation_samples: int = 0
     """Samples a candidate is scored on (the first ones of a seeded shuffle); 0: all of validation."""
     calibration_methods: tuple[str, ...] = ("minmax", "percentile", "mse")
-    """Tried on the uniformly quantized teacher; the one with the best validation score is used."""
+    """Of minmax, percentile, mse and entropy: tried on the uniformly quantized teacher; the one with the best validation score is used."""
 
 
 class MeasureSettings(Record, frozen=True):
@@ -241,7 +241,7 @@ def check(recipe: Recipe) -> Recipe:
 
 
 OBJECTIVES = ("error", "latency_ms", "size_mb", "macs_m")
-METHODS = ("minmax", "percentile", "mse")
+METHODS = ("minmax", "percentile", "mse", "entropy")
 
 
 def _merged(content: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

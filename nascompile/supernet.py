@@ -20,6 +20,8 @@ from nascompile.records import Candidate, SearchSpace
 
 Batch = tuple[Mapping[str, torch.Tensor], torch.Tensor]
 MASK = "attention_mask"
+HISTOGRAM, LEAST_SHARE = 2048, 1e-9
+"""Bins of a histogram of activations; what stands for a share of nothing in a logarithm."""
 SAMPLES_PER_SITE = 1 << 16
 """Values kept per activation site for clipping decisions; minimum and maximum are exact."""
 
@@ -115,7 +117,7 @@ class Observer:
         return plain(name, x, weight, bias)
 
     def ranges(self, method: str) -> ActivationRanges:
-        """Ranges by `minmax`, `percentile` (99.99 % of the values kept on each side) or `mse` (least squared error)."""
+        """Ranges by `minmax`, `percentile` (99.99 % kept on each side), `mse` (least squared error) or `entropy` (least divergence)."""
         found = []
         for name in sorted(self.low):
             values = torch.cat(self.samples[name])[:SAMPLES_PER_SITE].numpy()
@@ -134,14 +136,37 @@ def _clip(method: str, values: np.ndarray[Any, Any], low: float, high: float, sc
     if method == "percentile":
         return min(0.0, float(np.quantile(values, 1e-4))), max(0.0, float(np.quantile(values, 1 - 1e-4)))
     bottom, top = limits(scheme.precision.activations)
+    counts = np.histogram(values, HISTOGRAM, (low, high))[0] if method == "entropy" and high > low else np.zeros(0)
     best, least = (low, high), np.inf
     for share in np.linspace(1.0, 0.3, 29):
-        scale, zero = scheme.activation_parameters(low * share, high * share)
-        steps = np.clip(np.rint(values / scale) + zero, bottom, top) - zero
-        error = float(np.square(steps * scale - values).mean())
+        if len(counts):
+            cut = (np.array([low, high]) * share - low) / (high - low) * HISTOGRAM
+            error = divergence(counts, round(cut[0]), round(cut[1]), top - bottom + 1)
+        else:
+            scale, zero = scheme.activation_parameters(low * share, high * share)
+            steps = np.clip(np.rint(values / scale) + zero, bottom, top) - zero
+            error = float(np.square(steps * scale - values).mean())
         if error < least:
             best, least = (low * float(share), high * float(share)), error
     return best
+
+
+def divergence(counts: np.ndarray[Any, Any], first: int, last: int, levels: int) -> float:
+    """Kullback-Leibler divergence of a histogram clipped to bins first … last - 1 from what it is on a grid of so many levels.
+
+    As TensorRT and ONNX Runtime calibrate (Migacz 2017): clipped values count in the end bins of the histogram, not of the grid; a level's
+    count is shared by those of its bins that are not empty.
+    """
+    inside = counts[first:last].astype(np.float64)
+    clipped = inside.copy()
+    clipped[0] += counts[:first].sum()
+    clipped[-1] += counts[last:].sum()
+    edges = np.arange(levels) * len(inside) // levels
+    filled = clipped > 0
+    shared = np.add.reduceat(inside, edges) / np.maximum(np.add.reduceat(filled.astype(np.float64), edges), 1)
+    grid = np.repeat(shared, np.diff([*edges, len(inside)])) * filled
+    p, q = clipped[filled] / clipped.sum(), np.maximum(grid[filled] / max(grid.sum(), 1), LEAST_SHARE)
+    return float((p * np.log(p / q)).sum())
 
 
 class FakeQuantizer:

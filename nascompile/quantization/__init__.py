@@ -14,7 +14,7 @@ class ActivationRanges(Record, frozen=True):
     """Observed ranges of the inputs of quantized products on the calibration split."""
 
     method: str
-    """`minmax`, `percentile` or `mse`."""
+    """`minmax`, `percentile`, `mse` or `entropy`."""
     sites: tuple[tuple[str, float, float], ...]
     """(weight parameter, low, high), sorted by parameter; low ≤ 0 ≤ high."""
 

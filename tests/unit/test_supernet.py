@@ -12,7 +12,19 @@ from nascompile import network, plugins, space as spaces
 from nascompile.families.toy import ToyConfig
 from nascompile.quantization import ActivationRanges
 from nascompile.records import Target
-from nascompile.supernet import FakeQuantizer, Observer, Subnet, Supernet, calibrate, emulate, extract, importance, layer_order, reorder
+from nascompile.supernet import (
+    FakeQuantizer,
+    Observer,
+    Subnet,
+    Supernet,
+    calibrate,
+    divergence,
+    emulate,
+    extract,
+    importance,
+    layer_order,
+    reorder,
+)
 
 torch.set_num_threads(1)
 
@@ -417,6 +429,33 @@ def test_mse_clips_where_the_squared_error_is_least():
     assert error(low, high) <= 1.01 * min(error(-25 * s, 60 * s) for s in np.linspace(0.3, 1, 29))
     clean = np.random.default_rng(1).uniform(-1, 1, (2, 16, 64)).astype(np.float32)
     assert observed(clean, "mse")[1] > 0.97 * clean.max()  # without outliers nothing is worth clipping
+
+
+def test_divergence_is_that_of_its_definition():
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(3.0, 64) * (rng.random(64) < 0.8)
+    for first, last, levels in ((0, 64, 16), (5, 60, 16), (16, 48, 8), (20, 52, 5)):
+        p = [float(counts[i]) for i in range(first, last)]
+        inside = list(p)
+        p[0], p[-1] = p[0] + counts[:first].sum(), p[-1] + counts[last:].sum()
+        q = [0.0] * len(p)
+        for level in range(levels):
+            bins = range(level * len(p) // levels, (level + 1) * len(p) // levels)
+            filled = [i for i in bins if p[i] > 0]
+            for i in filled:
+                q[i] = sum(inside[j] for j in bins) / len(filled)
+        pairs = [(a / sum(p), max(b / sum(q), 1e-9)) for a, b in zip(p, q, strict=True) if a > 0]
+        assert divergence(counts, first, last, levels) == pytest.approx(sum(a * np.log(a / b) for a, b in pairs))
+
+
+def test_entropy_clips_rare_outliers_and_nothing_else():
+    values = heavy_tailed()
+    low, high = observed(values, "entropy")
+    assert 0.29 < high / 60 < 0.5
+    assert low / -25 == pytest.approx(high / 60)
+    clean = np.random.default_rng(1).uniform(-1, 1, (2, 16, 64)).astype(np.float32)
+    assert observed(clean, "entropy")[1] > 0.97 * clean.max()
+    assert observed(np.zeros((1, 4, 4), np.float32), "entropy") == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("name", ["vit", "bert", "toy"])
