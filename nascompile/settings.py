@@ -226,7 +226,8 @@ def check(recipe: Recipe) -> Recipe:
         ("measure.batches", m.batches, bool(m.batches) and min(m.batches) >= 1, "batch sizes of at least 1"),
     ]
     bounds = msgspec.structs.asdict(recipe.budgets)
-    rules += [(f"budgets.{n}", b, b is None or b > 0 or (n == "max_drop" and b >= 0), "more than 0") for n, b in bounds.items()]
+    rules += [(f"budgets.{n}", b, b is None or b > 0, "more than 0") for n, b in bounds.items() if n != "max_drop"]
+    rules.append(("budgets.max_drop", bounds["max_drop"], (bounds["max_drop"] or 0) >= 0, "0 or more"))
     faults = [f"{name} = {value}: {need}" for name, value, fine, need in rules if not fine]
     if recipe.budgets == Budgets():
         faults.append("no budget: give at least one of --max-drop, --latency-ms, --size-mb, --macs-m")
