@@ -204,7 +204,8 @@ def test_what_libraries_print_stays_out_of_stdout(asked):
 
 def test_interrupted_it_says_how_to_go_on(tmp_path):
     code = (
-        "import time\nfrom nascompile import pipeline\nfrom nascompile.cli import main\n"
+        "import signal, time\nfrom nascompile import pipeline\nfrom nascompile.cli import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what a shell starts in the background ignores it
         "def run(*_, **__): print('working', flush=True); time.sleep(30)\n"
         "pipeline.run = run\nimport sys; sys.argv = ['nascompile', 'run']\nmain()"
     )
