@@ -63,7 +63,13 @@ app.add_typer(tables, name="table")
 
 def main() -> None:
     """Entry point of `nascompile`."""
-    app()
+    from nascompile import processes
+
+    try:
+        app()
+    except SystemExit as end:
+        processes.leave(end.code)
+        raise
 
 
 # ---------------------------------------------------------------------------------------------- flags
