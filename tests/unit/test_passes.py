@@ -532,3 +532,44 @@ def test_what_gives_back_what_it_reads_is_dropped(rng):
     assert kinds(after) == ["Shape", "Reshape", "Transpose", "Reshape", "Cast", "Cast", "Identity"]
     x = rng.standard_normal((4, 3)).astype(np.float32)
     np.testing.assert_array_equal(reference(after, x=x)[0], reference(model, x=x)[0])
+
+
+def class_token_model(rng, index=0, also_read=False):
+    """y = first token of LN(h + MLP(h)) for h = softmax(x) over the tokens: what mixes tokens, and then a block that does not."""
+    n = helper.make_node
+    nodes = [
+        n("Softmax", ["x"], ["h"], axis=1), n("MatMul", ["h", "up"], ["u0"]), n("Add", ["u0", "bias"], ["u1"]), n("Gelu", ["u1"], ["u2"]),
+        n("MatMul", ["u2", "down"], ["d0"]), n("Add", ["h", "d0"], ["r"]), n("LayerNormalization", ["r", "one", "zero"], ["norm"]),
+        n("Gather", ["norm", "index"], ["y"], axis=1),
+    ]  # fmt: skip
+    constants = {
+        "up": rng.standard_normal((4, 8)).astype(np.float32), "bias": rng.standard_normal(8).astype(np.float32),
+        "down": rng.standard_normal((8, 4)).astype(np.float32), "one": np.ones(4, np.float32), "zero": np.zeros(4, np.float32),
+        "index": np.array(index, np.int64),
+    }  # fmt: skip
+    outputs = ("y", "u2") if also_read else ("y",)
+    return model_of(nodes, constants, {"x": (TensorProto.FLOAT, ["batch", "sequence", 4])}, outputs)
+
+
+def test_tokens_that_nobody_reads_are_not_computed(rng):
+    model = class_token_model(rng)
+    after = apply("drop_unread_tokens", model)
+    assert kinds(after).count("Gather") == 2  # one before everything that works token by token, and the one that was there
+    assert kinds(after).index("Gather") == 1
+    x = rng.standard_normal((3, 5, 4)).astype(np.float32)
+    np.testing.assert_allclose(runtime(after, x=x)[0], runtime(model, x=x)[0], atol=1e-6)  # float sums of other shapes
+
+
+@pytest.mark.parametrize("case", [{"index": 1}, {"also_read": True}])
+def test_tokens_that_are_read_stay(rng, case):
+    model = class_token_model(rng, **case)
+    after = apply("drop_unread_tokens", model)
+    x = rng.standard_normal((3, 5, 4)).astype(np.float32)
+    for got, want in zip(runtime(after, x=x), runtime(model, x=x), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-6)
+    assert kinds(after).count("Gather") == (1 if "index" in case else 3)
+
+
+def test_a_range_over_all_tokens_keeps_them(rng):
+    model = class_token_model(rng)
+    assert kinds(apply("drop_unread_tokens", model, quantized={"up": "int8-dynamic"})) == kinds(model)
