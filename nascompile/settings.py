@@ -167,7 +167,7 @@ def demo_recipe() -> Recipe:
         model=DEMO,
         budgets=Budgets(max_drop=0.5),
         finetune=FinetuneSettings(epochs=2, batch_size=64, supernet_learning_rate=2e-5),
-        search=SearchSettings(evaluations=40, validation_samples=1500),
+        search=SearchSettings(evaluations=44),
         measure=MeasureSettings(top_k=3, seconds=2.0, batches=(1, 8)),
         profile_seconds=20.0,
     )
