@@ -35,9 +35,8 @@ FLOAT_TOLERANCE = 2e-3
 """Largest difference of FP32 logits between the network and its engine: orders of summation differ, nothing else does."""
 HALF_SHARE, INTEGER_SHARE = 0.02, 0.3
 """Of the largest logit, what FP16 logits may differ by from the emulated network's, and those of an integer engine that nobody ran or that
-another backend built. Of a
-6-layer MiniLM in ONNX Runtime FP16 differed by 0.1 %. Integers differed by 2 % at the median and 18 % at most, because float16 moves
-values across the edges of the grid; a wrong graph is further off."""
+another backend built. Those of a 6-layer MiniLM in ONNX Runtime FP16 differed by 0.1 %; integers by 2 % at the median and 18 % at most,
+because float16 moves values across the edges of the grid. A wrong graph is further off."""
 
 
 @dataclass(frozen=True)

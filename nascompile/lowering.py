@@ -33,10 +33,10 @@ from nascompile.records import FLOAT16, Candidate, Operator, Precision, SearchSp
 OPSET = 20
 STRUCTURE_PASSES = ("inline_constants", "split_gemm", "fuse_attention", "expand_attention", "fold_constants", "drop_no_ops")
 """Applied to the blueprint, before weights exist."""
-SLICED_PASSES = ("fold_linear", "drop_unread_tokens")
+SLICED_PASSES = ("fold_linear",)
 """Applied to a candidate's graph before it has weights, so that none is stored twice."""
 PASSES = (
-    "quantize_linear", "quantize_blocks", "quantize_table", "unsigned_weights", "fuse_integer_matmul",
+    "drop_unread_tokens", "quantize_linear", "quantize_blocks", "quantize_table", "unsigned_weights", "fuse_integer_matmul",
     "fuse_integer_attention", "fuse_float_attention", "half_floats",
 )  # fmt: skip
 """Applied to a candidate's graph, with its weights."""

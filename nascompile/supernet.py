@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nascompile import network, plugins, space as spaces
+from nascompile import network, quantization, space as spaces
 from nascompile.data import Split
 from nascompile.families import Family, Linear
-from nascompile.quantization import ActivationRanges, Scheme, dequantize, limits
+from nascompile.quantization import ActivationRanges, ActivationScheme, dequantize, limits
 from nascompile.records import Candidate, SearchSpace
 
 Batch = tuple[Mapping[str, torch.Tensor], torch.Tensor]
@@ -102,7 +102,7 @@ class Observer:
     """A `Linear` that computes in float and remembers the inputs of the given products (weight ▸ name of their precision)."""
 
     def __init__(self, sites: Mapping[str, str]) -> None:
-        self.sites = {name: _scheme(precision) for name, precision in sites.items()}
+        self.sites = {name: quantization.scheme(precision) for name, precision in sites.items()}
         self.low: dict[str, float] = {}
         self.high: dict[str, float] = {}
         self.samples: dict[str, list[torch.Tensor]] = {}
@@ -125,12 +125,7 @@ class Observer:
         return ActivationRanges(method=method, sites=tuple(found))
 
 
-def _scheme(precision: str) -> Scheme:
-    found: Scheme = plugins.get("quantization", precision.replace("-", "_"))
-    return found
-
-
-def _clip(method: str, values: np.ndarray[Any, Any], low: float, high: float, scheme: Scheme) -> tuple[float, float]:
+def _clip(method: str, values: np.ndarray[Any, Any], low: float, high: float, scheme: ActivationScheme) -> tuple[float, float]:
     if method == "minmax":
         return low, high
     if method == "percentile":
@@ -176,7 +171,7 @@ class FakeQuantizer:
     """
 
     def __init__(self, schemes: Mapping[str, str], ranges: ActivationRanges | None, batch: int = 1) -> None:
-        self.schemes = {name: _scheme(scheme) for name, scheme in schemes.items()}
+        self.schemes = {name: quantization.scheme(scheme) for name, scheme in schemes.items()}
         self.ranges = {name: (low, high) for name, low, high in ranges.sites} if ranges else {}
         self.batch = batch
         self.mask: torch.Tensor | None = None
@@ -205,7 +200,7 @@ class FakeQuantizer:
                 self._last = (x, torch.fake_quantize_per_tensor_affine(x, scale, zero, *limits(scheme.precision.activations)))
         return self._last[1]
 
-    def _by_call(self, scheme: Scheme, x: torch.Tensor) -> torch.Tensor:
+    def _by_call(self, scheme: ActivationScheme, x: torch.Tensor) -> torch.Tensor:
         """x (samples, …), each `batch` samples on the grid of their own range."""
         seen = x
         if self.mask is not None and x.dim() == 3:

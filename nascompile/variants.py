@@ -195,7 +195,7 @@ def tune(built: Built, check: Check, inputs: Mapping[str, Any], device: Device, 
 def _trials(built: Built, check: Check) -> tuple[dict[Option, Any], dict[Option, Variant]]:
     """Runners for everything one setting could be instead, and a record of each, with a reason where it does not run."""
     target, backend = built.contender.target, built.contender.backend
-    now, tunable = dict(target.session), getattr(backend, "tunable", ())
+    now, tunable = dict(target.session), backend.tunable
     runners, trials = {}, {}
     for option in [(name, value) for name, values in tunable for value in values if value != now.get(name, values[0])]:
         other = _with(target, *option)

@@ -10,25 +10,24 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
+from nascompile import quantization
 from nascompile.passes import PassContext
 from nascompile.passes.graph import Graph, attribute
 
 ELEMENTWISE = ("Gelu", "Relu", "Tanh", "Erf", "Sigmoid")
-WHOLE_RANGE = ("int8-dynamic",)
-"""Precisions whose activation range is that of all tokens: another number of them would be another function."""
 
 
 class DropUnreadTokens:
     name = "drop_unread_tokens"
     standard = True
     exact = True
-    requires = "inline_constants, fold_linear"
+    requires = "inline_constants, fold_linear; before anything is quantized"
     ensures = "layer norms, linears, activations and sums after the last attention have one token where only the first is read"
 
     def apply(self, model: onnx.ModelProto, context: PassContext) -> onnx.ModelProto:
         graph = Graph(model)
-        if not set(context.quantized.values()).isdisjoint(WHOLE_RANGE):
-            return model
+        if any(quantization.scheme(name).precision.dynamic for name in set(context.quantized.values())):
+            return model  # a grid found in a call is that of all its tokens: without some it would be another
         narrow = _narrow(graph)
         made: dict[str, str] = {}
         for node in [n for n in graph.nodes if n.output[0] in narrow]:

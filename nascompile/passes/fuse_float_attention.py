@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 
 from nascompile.passes import PassContext
-from nascompile.passes.graph import JOINED, MICROSOFT, TRANSPOSED, Graph, attribute, bias_add, parameter_of
+from nascompile.passes.graph import JOINED, MICROSOFT, TRANSPOSED, Graph, attention_padding, attribute, bias_add, parameter_of
 
 WIDEST = 256
 """Input features up to which the fused operator wins at every batch size: it is ahead at 256 and behind at 384."""
@@ -34,8 +34,7 @@ class FuseFloatAttention:
 
 def _products(graph: Graph, attention: onnx.NodeProto) -> list[onnx.NodeProto]:
     """The products that make query, key and value, if the fused operator can take their place; empty otherwise."""
-    padding = attention.input[4] if len(attention.input) > 4 else ""
-    if [name for name in attention.input[3:] if name and name != padding] or attribute(attention, "scale") is not None:
+    if attention_padding(attention) is None:
         return []
     products = []
     for name in attention.input[:3]:
@@ -55,7 +54,7 @@ def _fused(graph: Graph, attention: onnx.NodeProto, products: list[onnx.NodeProt
     biases = [next(term for term in add.input if term in graph.constants) for add in adds]
     weights = [product.input[1] for product in products]
     weight = JOINED.join(map(parameter_of, weights)) + TRANSPOSED
-    padding = attention.input[4] if len(attention.input) > 4 else ""
+    padding = attention_padding(attention)
     inputs = [
         products[0].input[0],
         graph.add_constant(weight, np.concatenate([graph.value(name) for name in weights], axis=1)),

@@ -10,7 +10,19 @@ import numpy as np
 import onnx
 
 from nascompile.passes import PassContext
-from nascompile.passes.graph import INT8, JOINED, MICROSOFT, SCALE, TRANSPOSED, UNSIGNED, ZERO_POINT, Graph, attribute, parameter_of
+from nascompile.passes.graph import (
+    INT8,
+    JOINED,
+    MICROSOFT,
+    SCALE,
+    TRANSPOSED,
+    UNSIGNED,
+    ZERO_POINT,
+    Graph,
+    attention_padding,
+    attribute,
+    parameter_of,
+)
 
 WIDEST = 512
 """Input features up to which the fused operator wins: it is ahead at 384 and behind at 768."""
@@ -34,10 +46,8 @@ class FuseIntegerAttention:
 
 def _products(graph: Graph, attention: onnx.NodeProto) -> list[onnx.NodeProto]:
     """The products that make query, key and value, if the fused operator can take their place; empty otherwise."""
-    padding = attention.input[4] if len(attention.input) > 4 else ""
-    others = [name for name in attention.input[3:] if name and name != padding]
     products = [p for name in attention.input[:3] if (p := graph.producer.get(name)) is not None]
-    if others or attribute(attention, "scale") is not None or len(products) != 3:
+    if attention_padding(attention) is None or len(products) != 3:
         return []
     for product in products:
         alone = graph.readers(product.output[0]) == [attention]
@@ -57,8 +67,7 @@ def _fused(graph: Graph, attention: onnx.NodeProto, products: list[onnx.NodeProt
     name += UNSIGNED if first.input[1].endswith(UNSIGNED + INT8) else ""
     weight, scale, zero_point = joined(1, name + INT8), joined(3, name + SCALE), joined(5, name + ZERO_POINT)
     bias = joined(6, JOINED.join(p.input[6] for p in products))
-    padding = attention.input[4] if len(attention.input) > 4 else ""
-    inputs = [first.input[0], weight, bias, first.input[2], scale, padding, first.input[4], zero_point]
+    inputs = [first.input[0], weight, bias, first.input[2], scale, attention_padding(attention) or "", first.input[4], zero_point]
     path, heads = attention.name.rpartition("/")[0], attribute(attention, "num_heads")
     return graph.node("QAttention", f"{path}/QAttention", inputs, list(attention.output), domain=MICROSOFT, num_heads=heads)
 

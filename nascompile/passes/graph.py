@@ -162,6 +162,13 @@ def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
     return next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
+def attention_padding(attention: onnx.NodeProto) -> str | None:
+    """Padding mask of a MultiHeadAttention, empty without one; None if packed operators cannot take its place: another scale or input."""
+    padding = attention.input[4] if len(attention.input) > 4 else ""
+    others = [name for name in attention.input[3:] if name and name != padding]
+    return None if others or attribute(attention, "scale") is not None else padding
+
+
 def linear_weight(graph: Graph, tensor: str, parameters: Iterable[str]) -> str:
     """The parameter whose product the tensor is, at most a bias away."""
     names = set(parameters)

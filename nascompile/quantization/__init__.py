@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from nascompile import plugins
 from nascompile.records import Precision, Record, TensorFormat
 
 
@@ -34,10 +35,20 @@ def dequantize(integers: Any, scale: Any, group_size: int = 0) -> Any:
 
 class Scheme(Protocol):
     name: str
+    """That of its precision; its module is named the same, with underscores."""
     precision: Precision
 
     def quantize_weight(self, weight: Any) -> tuple[Any, Any]:
         """NumPy (out, in) float32 ▸ (int8 (out, in), float32 scales (out,), or (out, groups) where groups have their own)."""
 
+
+class ActivationScheme(Scheme, Protocol):
+    """One whose products have integer inputs."""
+
     def activation_parameters(self, low: float, high: float) -> tuple[float, int]:
         """(scale, zero point) for a range; error: half a scale inside the range."""
+
+
+def scheme(precision: str) -> Any:
+    """The scheme of a precision, by the precision's name; an ActivationScheme where its activations are integers."""
+    return plugins.get("quantization", precision.replace("-", "_"))

@@ -25,7 +25,3 @@ class BlockWeights:
         scale = np.maximum(np.abs(blocks).max(axis=2) / np.float32(top), np.finfo(np.float32).tiny).astype(np.float32)
         integers = np.clip(np.rint(blocks / scale[..., None]), -top, top).astype(np.int8)
         return np.ascontiguousarray(integers.reshape(rows, -1)[:, :columns]), scale
-
-    def activation_parameters(self, low: float, high: float) -> tuple[float, int]:
-        """There is no grid: NotImplementedError."""
-        raise NotImplementedError(f"the activations of {self.name} are floats")
