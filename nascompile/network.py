@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from nascompile import plugins, quantization, space as spaces
+from nascompile import plugins, space as spaces
 from nascompile.backends import Backend
 from nascompile.errors import RecipeError, UnsupportedError
 from nascompile.families import Family, Segment
@@ -67,7 +67,7 @@ def product_precisions() -> tuple[str, ...]:
 
 
 def _precision(name: str) -> Precision:
-    found: Precision = quantization.scheme(name).precision
+    found: Precision = plugins.get("quantization", name).precision
     return found
 
 

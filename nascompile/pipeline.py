@@ -31,7 +31,6 @@ from nascompile import (
     network,
     plugins,
     profiler,
-    quantization,
     report,
     rerank,
     scoring,
@@ -125,7 +124,7 @@ def _check_target(recipe: Recipe) -> None:
         )
     backend = plugins.get("backends", target.backend)
     for name in set(recipe.search.precisions) - set(network.SEARCHED):  # those are left out where a backend has no use for them
-        if reason := backend.supports(quantization.scheme(name).precision):
+        if reason := backend.supports(plugins.get("quantization", name).precision):
             raise UnsupportedError(f"`{target.backend}` cannot search {name}: {reason}", hint="leave it out of `search.precisions`")
 
 

@@ -24,13 +24,14 @@ def names(folder: str) -> tuple[str, ...]:
 
 @cache
 def get(folder: str, name: str) -> Any:
-    """The plug-in object; UnsupportedError naming the known ones."""
-    if name not in names(folder):
+    """The plug-in object, its name written as its module or with hyphens; UnsupportedError naming the known ones."""
+    module = name.replace("-", "_")
+    if module not in names(folder):
         raise UnsupportedError(f"unknown {folder.rstrip('s')}: {name}", hint=f"known here: {', '.join(names(folder))}")
     for point in importlib.metadata.entry_points(group=f"nascompile.{folder}"):
-        if point.name == name:
+        if point.name == module:
             return point.load()
-    return importlib.import_module(f"nascompile.{folder}.{name}").PLUGIN
+    return importlib.import_module(f"nascompile.{folder}.{module}").PLUGIN
 
 
 def _declares_plugin(path: Path) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nascompile import network, quantization, space as spaces
+from nascompile import network, plugins, space as spaces
 from nascompile.data import Split
 from nascompile.families import Family, Linear
 from nascompile.quantization import ActivationRanges, ActivationScheme, dequantize, limits
@@ -102,7 +102,7 @@ class Observer:
     """A `Linear` that computes in float and remembers the inputs of the given products (weight ▸ name of their precision)."""
 
     def __init__(self, sites: Mapping[str, str]) -> None:
-        self.sites = {name: quantization.scheme(precision) for name, precision in sites.items()}
+        self.sites = {name: plugins.get("quantization", precision) for name, precision in sites.items()}
         self.low: dict[str, float] = {}
         self.high: dict[str, float] = {}
         self.samples: dict[str, list[torch.Tensor]] = {}
@@ -171,7 +171,7 @@ class FakeQuantizer:
     """
 
     def __init__(self, schemes: Mapping[str, str], ranges: ActivationRanges | None, batch: int = 1) -> None:
-        self.schemes = {name: quantization.scheme(scheme) for name, scheme in schemes.items()}
+        self.schemes = {name: plugins.get("quantization", scheme) for name, scheme in schemes.items()}
         self.ranges = {name: (low, high) for name, low, high in ranges.sites} if ranges else {}
         self.batch = batch
         self.mask: torch.Tensor | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from nascompile import quantization
+from nascompile import plugins
 from nascompile.passes import PassContext
 from nascompile.passes.graph import Graph, attribute
 
@@ -26,7 +26,7 @@ class DropUnreadTokens:
 
     def apply(self, model: onnx.ModelProto, context: PassContext) -> onnx.ModelProto:
         graph = Graph(model)
-        if any(quantization.scheme(name).precision.dynamic for name in set(context.quantized.values())):
+        if any(plugins.get("quantization", name).precision.dynamic for name in set(context.quantized.values())):
             return model  # a grid found in a call is that of all its tokens: without some it would be another
         narrow = _narrow(graph)
         made: dict[str, str] = {}

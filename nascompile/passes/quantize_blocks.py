@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from nascompile import quantization
+from nascompile import plugins
 from nascompile.passes import PassContext
 from nascompile.passes.graph import BLOCKS, MICROSOFT, SCALE, TRANSPOSED, Array, Graph, bias_add
 
@@ -29,7 +29,7 @@ class QuantizeBlocks:
             weight = product.input[1].removesuffix(TRANSPOSED)
             if weight not in context.quantized:
                 continue
-            scheme = quantization.scheme(context.quantized[weight])
+            scheme = plugins.get("quantization", context.quantized[weight])
             integers = scheme.precision.weights
             if integers.granularity != "group":
                 continue

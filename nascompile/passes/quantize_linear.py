@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from nascompile import quantization
+from nascompile import plugins
 from nascompile.errors import UnsupportedError
 from nascompile.passes import PassContext
 from nascompile.passes.graph import INT8, SCALE, TRANSPOSED, ZERO_POINT, Graph
@@ -32,7 +32,7 @@ class QuantizeLinear:
             precision = context.quantized.get(weight)
             if precision is None or node.input[1] not in graph.constants:
                 continue
-            scheme = quantization.scheme(precision)
+            scheme = plugins.get("quantization", precision)
             if scheme.precision.dynamic:
                 node.input[1] = _quantized_weight(graph, node.input[1], scheme)
                 tensor = node.input[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx
 
-from nascompile import quantization
+from nascompile import plugins
 from nascompile.passes import PassContext
 from nascompile.passes.graph import INT8, SCALE, Graph, attribute
 
@@ -23,7 +23,7 @@ class QuantizeTable:
             value = graph.constant(table)
             if value is None or attribute(node, "axis", 0) != 0:
                 continue
-            integers, scale = quantization.scheme(context.quantized[table]).quantize_weight(value)
+            integers, scale = plugins.get("quantization", context.quantized[table]).quantize_weight(value)
             graph.add_constant(table + INT8, integers)
             graph.add_constant(table + SCALE, scale[:, None])  # (rows, 1): a fetched scale broadcasts over its row
             base = node.name.rpartition("/")[0]

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nascompile import plugins
 from nascompile.records import Precision, Record, TensorFormat
 
 
@@ -35,7 +34,7 @@ def dequantize(integers: Any, scale: Any, group_size: int = 0) -> Any:
 
 class Scheme(Protocol):
     name: str
-    """That of its precision; its module is named the same, with underscores."""
+    """That of its precision, and of its module with underscores for hyphens."""
     precision: Precision
 
     def quantize_weight(self, weight: Any) -> tuple[Any, Any]:
@@ -47,8 +46,3 @@ class ActivationScheme(Scheme, Protocol):
 
     def activation_parameters(self, low: float, high: float) -> tuple[float, int]:
         """(scale, zero point) for a range; error: half a scale inside the range."""
-
-
-def scheme(precision: str) -> Any:
-    """The scheme of a precision, by the precision's name; an ActivationScheme where its activations are integers."""
-    return plugins.get("quantization", precision.replace("-", "_"))
