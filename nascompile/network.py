@@ -28,7 +28,7 @@ from nascompile.records import (
     Target,
 )
 
-AS_SEARCHED, HALF, INTEGER = "as-searched", FLOAT16.name, INT8.name
+AS_SEARCHED, HALF = "as-searched", FLOAT16.name
 SEARCHED = (INT8.name, WEIGHT_INT8.name)
 """Precisions that a search offers beside FP32 unless it is told others."""
 

@@ -117,12 +117,12 @@ def run(recipe: Recipe, out: Path, *, until: str = STAGES[-1], progress: Progres
 def _check_target(recipe: Recipe) -> None:
     """Refuses, before any work, a device that is unknown and one that nothing can be searched for."""
     target = targets.make(recipe.device, recipe.backend, Workload(), recipe.threads)
-    if isinstance(plugins.get("backends", target.backend), CrossCompiler):
+    backend = plugins.get("backends", target.backend)
+    if isinstance(backend, CrossCompiler):
         raise UnsupportedError(
             f"a search for `{target.device}` is not there yet: its precisions have no genes and no latency table",
             hint=f"search on another device, then `nascompile build RUN --candidate N --device {target.device}`",
         )
-    backend = plugins.get("backends", target.backend)
     for name in set(recipe.search.precisions) - set(network.SEARCHED):  # those are left out where a backend has no use for them
         if reason := backend.supports(plugins.get("quantization", name).precision):
             raise UnsupportedError(f"`{target.backend}` cannot search {name}: {reason}", hint="leave it out of `search.precisions`")

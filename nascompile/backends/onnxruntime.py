@@ -71,7 +71,7 @@ class OnnxRuntime:
         return "" if precision in known else f"onnxruntime is lowered to with {', '.join(p.name for p in known)} only"
 
     def versions(self) -> tuple[tuple[str, str], ...]:
-        return (("onnxruntime", _version("onnxruntime")),)
+        return (("onnxruntime", version("onnxruntime")),)
 
     def session(self) -> tuple[tuple[str, str], ...]:
         return (("allow_spinning", "1"), ("disabled_optimizers", ",".join(SLOWER)), ("graph_optimization_level", "all"))
@@ -194,7 +194,8 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Of an installed package; `missing` if it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

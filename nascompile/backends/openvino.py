@@ -7,7 +7,6 @@ and by 8 % in FP32 (OpenVINO 2026.4.1, one thread of a Xeon with AMX).
 from __future__ import annotations
 
 import errno
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nascompile.backends import Runner
-from nascompile.backends.onnxruntime import PROTOBUF_LIMIT, check_inputs, cpu_flags, integer_passes
+from nascompile.backends.onnxruntime import PROTOBUF_LIMIT, check_inputs, cpu_flags, integer_passes, version
 from nascompile.errors import RecordError, UnsupportedError
 from nascompile.records import FLOAT32, INT8, WEIGHT_INT8, Precision, Target
 
@@ -75,10 +74,7 @@ class OpenVino:
         return ""
 
     def versions(self) -> tuple[tuple[str, str], ...]:
-        try:
-            return (("openvino", importlib.metadata.version("openvino")),)
-        except importlib.metadata.PackageNotFoundError:
-            return (("openvino", "missing"),)
+        return (("openvino", version("openvino")),)
 
     def session(self) -> tuple[tuple[str, str], ...]:
         return (("enable_cpu_pinning", "no"), ("performance_hint", "latency"), (STATIC_SHAPE, SHAPES))

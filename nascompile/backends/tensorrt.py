@@ -14,14 +14,13 @@ from typing import Any, Literal
 
 from nascompile import cuda_driver
 from nascompile.backends import Runner
+from nascompile.backends.onnxruntime import PROTOBUF_LIMIT
 from nascompile.errors import UnsupportedError
 from nascompile.records import FLOAT16, FLOAT32, INT8, INT8_SYMMETRIC, WEIGHT_INT8, Precision, Target
 
 ENGINE, NETWORK, INSPECTOR = "model.engine", "network.json", "inspector.json"
 CAPABILITY, MAX_BATCH = "compute_capability", "max_batch"
 """Session settings: `8.9`, of the device's profile; the largest batch the engine takes."""
-PROTOBUF_LIMIT = 2**31 - 2**20
-"""Bytes of a graph the parser can be handed."""
 
 
 class TensorRt:
