@@ -200,7 +200,7 @@ def test_precisions_that_another_device_lacks_are_refused(run: Path, number: int
     assert raised.value.hint.startswith("known: as-searched, fp16, int8, int8-dynamic, int8-symmetric, weight-int4-block128")
     with pytest.raises(UnsupportedError, match="`fake` cannot run embedding in fp16: the fake backend knows fp32, int8, int8-dynamic"):
         pipeline.build_candidate(run, number, precision=network.HALF)
-    folder = pipeline.build_candidate(run, number, precision=network.INTEGER)  # which it has
+    folder = pipeline.build_candidate(run, number, precision="int8")  # which it has
     assert folder.name == f"front-{number}-fake-int8"
     assert engine.read_manifest(folder).executed
 
