@@ -16,8 +16,8 @@ from nascompile.records import FLOAT32, INT8, INT8_DYNAMIC, WEIGHT_INT8, WEIGHT_
 PROTOBUF_LIMIT = 2**31 - 2**20
 """Bytes a single ONNX file can have, with room for its header."""
 SLOWER = ("BiasGeluFusion", "MatMulAddFusion", "SkipLayerNormFusion")
-"""Fusions whose CPU kernels lose against what they replace (6-layer BERT 384/1536 in INT8: 3.77 ms with them, 2.86 ms without);
-MatMulAddFusion also makes QDQ products dequantize their weights at every run."""
+"""Fusions that gain nothing in graphs as lowering leaves them at batch 1, where turning them off is worth up to 2 % in FP32 (it costs up to
+3 % in INT8 at batch 8: docs/benchmarks.md, "Forms"); MatMulAddFusion also makes QDQ products dequantize their weights at every run."""
 TWO_OF_SLOWER = tuple(",".join(name for name in SLOWER if name != kept) for kept in SLOWER)
 SWITCHES = {"enable_cpu_mem_arena": "1", "enable_mem_pattern": "1"}
 """Attributes of the session's options that are on or off, and what holds where a session does not say."""

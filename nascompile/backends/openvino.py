@@ -1,7 +1,7 @@
 """OpenVINO on the CPU: standard ONNX becomes its IR, compiled for a few shapes that are expected and, where another comes, for any.
 
-At batch 1 a network that takes any shape is slower than one of fixed shape, by 15 % (the demo's ViT) and 26 % (MiniLM at 40 tokens) in INT8
-and by 8 % in FP32 (OpenVINO 2026.4.1, one thread of a Xeon with AMX).
+A network that takes any shape is slower than one of fixed shape: at batch 1 by 12 to 25 % in INT8 and up to 13 % in FP32, at batch 8 by
+3 to 20 % (docs/benchmarks.md, "Forms").
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ PROPERTIES = {
 STATIC_SHAPE, WORKLOAD, SEEN, NONE = "static_shape", "workload", "seen", "none"
 SHAPES = "workload,8,32"
 """Which shapes have a network of their own, compiled when it is first called: the workload's, and the same with batches of 8 and of 32,
-which are faster in one: 18 % (MiniLM at 40 tokens in INT8), 14 % and 5 % (the demo's ViT). `seen`: the first shapes that come; `none`: one
-network for any shape."""
+which are faster in one. `seen`: the first shapes that come; `none`: one network for any shape."""
 LIMIT = 4
 """Networks of fixed shape that one engine may have: each holds a copy of the weights as its kernels want them."""
 FIXED = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}

@@ -1,8 +1,9 @@
 """What only the first token of the last layer is read for is computed for the first token only.
 
 Classifiers on a class token read one token of the last layer: after its attention, one row of the output linear, of both norms and of the
-MLP. Exporters and runtimes compute all of them. On the demo's ViT (four layers, width 192) that is 12 % of an FP32 call and 13 % of an INT8
-one. One query instead of all was tried: it parts the query from the fused attention operators and costs more than it saves.
+MLP. Exporters and runtimes compute all of them: that costs 14 % of the time of a network of four layers, and half of one of two, at batch 1
+in FP32 (docs/benchmarks.md, "Forms"). One query instead of all was tried: it parts the query from the fused attention operators and
+costs more than it saves.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Float query, key and value products and their attention become one com.microsoft.Attention, in narrow networks.
 
-One product instead of three: 7 % of a whole network of width 160, 5 % at 192 and 4 % at 256 at batch 1, 1 to 3 % at batch 8; from width 384
-on it loses up to 4 % at batch 8 (ONNX Runtime 1.31.1, one thread of a Xeon with AVX-512).
+One product instead of three: a whole network of width 160 to 256 gains 3 to 5 % at batch 1 and up to 2 % at batch 8. At width 384 it gains
+at batch 1 and loses at batch 8, at 768 it does nothing (docs/benchmarks.md, "Forms").
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Integer query, key and value products and their attention become one com.microsoft.QAttention, in narrow networks.
 
-One product instead of three, and no transposes between it and the attention: 8 to 11 % of a whole network of width 160 to 256 at
-batch 1, 1 to 5 % at width 384; from 768 on it loses 2 to 5 % (ONNX Runtime 1.31.1, one thread of a Xeon with AVX-512 VNNI).
+One product instead of three, and no transposes between it and the attention: a whole network of width 160 to 256 gains 10 to 12 % at
+batch 1 and 3 to 9 % at batch 8, one of width 384 4 %; at 768 it gains nothing and loses 6 % at batch 8 (docs/benchmarks.md, "Forms").
 """
 
 from __future__ import annotations
