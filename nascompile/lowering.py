@@ -317,13 +317,16 @@ def lower_operator(
     """`repeat` copies of the block that the operator describes, each with its own random weights so that none can be merged.
 
     Blocks that read and write the main tensor are chained: input `hidden`, output `output`. The first and the last block of a
-    network cannot be; their copies stand side by side and each has an output of its own, so that all are executed. What does
-    not depend on the main tensor's values or on parameters (mask arithmetic, position indices) is there once, as in a network.
+    network cannot be, nor an attention of which the first token only is read; their copies stand side by side and each has an output
+    of its own, so that all are executed. What does not depend on the main tensor's values or on parameters (mask arithmetic, position
+    indices) is there once, as in a network.
     """
-    index, values = _find(family, config, operator, backend)
+    index, values, first = _find(family, config, operator, backend)
     segment, shapes = blueprint.segments[index], network.sliced_shapes(family, config, values)
-    main: list[str | int] = ["batch", *(["sequence"] if "sequence" in dict(operator.dims) else []), operator.dim("hidden")]
-    model = _stack(blueprint, index, repeat, main)
+    sequence = dict(operator.dims).get("sequence", 0)
+    tokens: dict[int, list[str | int]] = {0: [], 1: [1]}  # a sequence of one is that of the first token, however long the network's is
+    main = ["batch", *tokens.get(sequence, ["sequence"]), operator.dim("hidden")]
+    model = _stack(blueprint, index, repeat, main, narrows=first and sequence != 1)
     copies = {_copy_name(j, p): p for j in range(repeat) for p in segment.parameters}
     full = {name: blueprint.parameters[p] for name, p in copies.items()}
     sliced = {name: shapes[p] for name, p in copies.items()}
@@ -334,7 +337,7 @@ def lower_operator(
     context = PassContext(
         parameters=sliced,
         quantized=dict.fromkeys(quantized, operator.precision.name),
-        ranges=dict.fromkeys(quantized, RANDOM_RANGE),
+        ranges={name: _range(name) for name in quantized},
         half=_half({operator.precision}),
     )
     model = _apply(SLICED_PASSES, model, context, backend)
@@ -342,8 +345,8 @@ def lower_operator(
     return _checked(_quantized(_apply(PASSES, model, context, backend), context))
 
 
-def _find(family: Family, config: Any, operator: Operator, backend: Backend) -> tuple[int, dict[str, int]]:
-    """(segment index, gene values) of the first block that becomes the operator."""
+def _find(family: Family, config: Any, operator: Operator, backend: Backend) -> tuple[int, dict[str, int], bool]:
+    """(segment index, gene values, whether its output has the first token only) of the first block that becomes the operator."""
     workload = family.workload(config, operator.dim("batch"), dict(operator.dims).get("sequence", 0))
     choices = family.choices(config, backend.width_multiple)
     top = {gene: options[-1] for gene, options in choices.items()}
@@ -353,8 +356,9 @@ def _find(family: Family, config: Any, operator: Operator, backend: Backend) -> 
             genes = [gene for gene in choices if gene in own]
             for combination in itertools.product(*(choices[gene] for gene in genes)):
                 values = top | dict(zip(genes, combination, strict=True))
-                if family.operator(config, segment, values, workload, operator.precision) == operator:
-                    return index, values
+                for first in (False, True):
+                    if family.operator(config, segment, values, workload, operator.precision, first) == operator:
+                        return index, values, first
     raise UnsupportedError(f"no block of this {family.name} becomes the operator: {operator.label}")
 
 
@@ -362,11 +366,11 @@ def _copy_name(number: int, name: str) -> str:
     return f"copies.{number}.{name}"
 
 
-def _stack(blueprint: Blueprint, index: int, repeat: int, main: list[str | int]) -> onnx.ModelProto:
-    """Copies of one segment, chained where its output can be its input."""
+def _stack(blueprint: Blueprint, index: int, repeat: int, main: list[str | int], narrows: bool) -> onnx.ModelProto:
+    """Copies of one segment, chained where its output can be its input: not where it `narrows`, its first token alone being read."""
     graph = Graph(_copy(blueprint.model))
     segment, end = blueprint.segments[index], blueprint.end(index)
-    chained = 0 < index < len(blueprint.segments) - 1
+    chained = 0 < index < len(blueprint.segments) - 1 and not narrows
     joints = {cut for cut in blueprint.cuts if cut and cut != end}
     shared, own = _partition(graph.ancestors([end], stop=joints), segment, joints)
     graph.nodes = shared
@@ -384,8 +388,14 @@ def _stack(blueprint: Blueprint, index: int, repeat: int, main: list[str | int])
             graph.nodes.append(copied)
         ends.append(names[end])
         source = ends[-1] if chained else source
+    if narrows:
+        index_of_first = graph.add_constant("token_read", np.array(0, np.int64))
+        for j, name in enumerate(ends):
+            graph.nodes.append(graph.node("Gather", _copy_name(j, "First"), [name, index_of_first], [f"{name}.read"], axis=1))
+        ends = [f"{name}.read" for name in ends]
     graph.index()
-    return _with_ends(graph, blueprint, segment, repeat, main, ends[-1:] if chained else ends)
+    result = [main[0], main[-1]] if narrows else main
+    return _with_ends(graph, blueprint, segment, repeat, main, result, ends[-1:] if chained else ends)
 
 
 def _partition(nodes: list[onnx.NodeProto], segment: Segment, joints: set[str]) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
@@ -409,7 +419,7 @@ def _rename(node: onnx.NodeProto, names: Mapping[str, str]) -> None:
 
 
 def _with_ends(
-    graph: Graph, blueprint: Blueprint, segment: Segment, repeat: int, main: list[str | int], ends: list[str]
+    graph: Graph, blueprint: Blueprint, segment: Segment, repeat: int, main: list[str | int], result: list[str | int], ends: list[str]
 ) -> onnx.ModelProto:
     """The model with inputs and outputs of a stack: `hidden` and the graph inputs it needs; `output`, `output.1`, …"""
     proto, last = graph.model.graph, blueprint.segments[-1] is segment
@@ -424,12 +434,18 @@ def _with_ends(
         inputs.insert(0, onnx.helper.make_tensor_value_info("hidden", onnx.TensorProto.FLOAT, main))
     parameters = [_copy_name(j, p) for j in range(repeat) for p in segment.parameters]
     inputs += [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in parameters]
-    results = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, logits if last else main) for name in outputs]
+    results = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, logits if last else result) for name in outputs]
     for field, content in ((proto.input, inputs), (proto.output, results)):
         kept = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in content]
         del field[:]
         field.extend(kept)
     return graph.finish()
+
+
+def _range(name: str) -> tuple[float, float]:
+    """An input range for a weight in a stack; another one for every copy, or what copies side by side read would be quantized once."""
+    wider = 1 + 0.001 * int(name.split(".")[1])
+    return RANDOM_RANGE[0] * wider, RANDOM_RANGE[1] * wider
 
 
 def _random(shape: tuple[int, ...], norm: bool, rng: np.random.Generator) -> Array:

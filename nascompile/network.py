@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -118,22 +119,38 @@ def quantized_weights(family: Family, config: Any, space: SearchSpace, point: Ca
     return found
 
 
+def first_token_only(family: Family, config: Any, space: SearchSpace, point: Candidate, target: str) -> frozenset[str]:
+    """Names of the blocks whose output is computed for the first token only: the last layer's, and what follows it.
+
+    None where the classifier reads other tokens, or where some block finds its ranges in a call (`passes/drop_unread_tokens.py`).
+    """
+    blocks = kept(family, config, space, point)
+    dynamic = any(block_precision(space, point, s, target).dynamic for s in blocks)
+    last = max((s.layer for s in blocks if s.layer is not None), default=None)
+    if not family.reads_first_token or dynamic or last is None:
+        return frozenset()
+    start = min(i for i, s in enumerate(blocks) if s.layer == last)
+    return frozenset(s.name for s in blocks[start:])
+
+
 def graph(family: Family, config: Any, space: SearchSpace, point: Candidate, target: Target) -> OperatorGraph:
     """What the candidate executes on the target, with sizes and MACs; tables, reports and budgets read this."""
     chosen = values(family, config, space, point)
     shapes = sliced_shapes(family, config, chosen)
     genes = {gene.name for gene in space.genes}
     nodes = []
+    narrow = first_token_only(family, config, space, point, target.id)
     for segment in kept(family, config, space, point):
         precision = block_precision(space, point, segment, target.id)
-        operator = family.operator(config, segment, chosen, target.workload, precision)
+        operator = family.operator(config, segment, chosen, target.workload, precision, first=segment.name in narrow)
         own = {g.gene for g in family.groups(config) if any(p in segment.parameters for p, _ in g.members)}
         nodes.append(
             Node(
                 name=segment.name, operator=operator, module=segment.module,
                 genes=tuple(sorted((own | {precision_gene(segment)}) & genes)),
                 parameters=sum(math.prod(shapes[p]) for p in segment.parameters),
-                size_bytes=block_bytes(segment, shapes, precision), macs=family.macs(operator),
+                size_bytes=block_bytes(segment, shapes, precision),
+                macs=family.macs(family.operator(config, segment, chosen, target.workload, precision)),
             )
         )  # fmt: skip
     edges = tuple(Edge(source=i - 1, target=i, shape=_main_shape(nodes[i].operator)) for i in range(len(nodes)))
@@ -172,15 +189,18 @@ def operators(family: Family, config: Any, space: SearchSpace, target: Target) -
     choices = {gene.name: gene.choices for gene in space.genes if gene.kind == "architecture"}
     top = {name: int(options[-1]) for name, options in choices.items()}
     found: dict[Operator, None] = {}
+    full = any(p.dynamic for p in space.precisions)  # some candidates compute all tokens up to the end
     for segment in family.segments(config):
         genes = [g.gene for g in family.groups(config) if any(p in segment.parameters for p, _ in g.members) and g.gene in choices]
         names = next((g.choices for g in space.genes if g.name == precision_gene(segment)), (FLOAT32.name,))
         combinations: list[dict[str, int]] = [{}]
         for gene in dict.fromkeys(genes):
             combinations = [c | {gene: int(v)} for c in combinations for v in choices[gene]]
-        for combination in combinations:
-            for name in names:
-                found[family.operator(config, segment, top | combination, target.workload, space.precision(str(name)))] = None
+        tokens = ((False, True) if full or segment.layer is not None else (True,)) if family.reads_first_token else (False,)
+        for combination, name, first in itertools.product(combinations, names, tokens):
+            precision = space.precision(str(name))
+            if not (first and precision.dynamic):
+                found[family.operator(config, segment, top | combination, target.workload, precision, first)] = None
     return tuple(found)
 
 

@@ -211,7 +211,7 @@ class Node(Record, frozen=True):
     size_bytes: int = 0
     """Bytes of the block's stored weights at its precision, scales included."""
     macs: int = 0
-    """Multiply-accumulates for one call at the workload."""
+    """Multiply-accumulates for one call at the workload, of all tokens: as the field counts them, whatever the graph leaves out."""
 
 
 class Edge(Record, frozen=True):

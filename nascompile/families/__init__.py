@@ -68,6 +68,8 @@ class Family(Protocol):
 
     name: str
     model_types: tuple[str, ...]
+    reads_first_token: bool
+    """Whether the classifier reads the first token only: then what follows the last attention has one token."""
 
     def unsupported(self, config: Any) -> str:
         """Why this configuration cannot be handled; empty if it can."""
@@ -90,8 +92,13 @@ class Family(Protocol):
     def choices(self, config: Any, width_multiple: int) -> dict[str, tuple[int, ...]]:
         """Values of every architecture gene, ascending; `depth` among them where layers can be dropped."""
 
-    def operator(self, config: Any, segment: Segment, values: Mapping[str, int], workload: Workload, precision: Precision) -> Operator:
-        """What the segment executes; `values`: gene ▸ value for every architecture gene."""
+    def operator(
+        self, config: Any, segment: Segment, values: Mapping[str, int], workload: Workload, precision: Precision, first: bool = False
+    ) -> Operator:  # fmt: skip
+        """What the segment executes; `values`: gene ▸ value for every architecture gene.
+
+        `first`: it belongs to the last layer or follows it, and only the first token of its output is computed.
+        """
 
     def macs(self, operator: Operator) -> int:
         """Multiply-accumulates of one execution."""

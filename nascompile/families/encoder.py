@@ -66,6 +66,7 @@ class EncoderFamily(ABC):
     """The part of the Family protocol that encoders share."""
 
     name = ""
+    reads_first_token = True
     scheme_of_tables = "weight-int8"
     masked = False
 
@@ -156,18 +157,21 @@ class EncoderFamily(ABC):
             found[f"layers.{i}.width"] = tuple(sorted(widths))
         return found
 
-    def operator(self, config: Any, segment: Segment, values: Mapping[str, int], workload: Workload, precision: Precision) -> Operator:
-        """Kinds embedding, attention, mlp, head with their dimensions."""
+    def operator(
+        self, config: Any, segment: Segment, values: Mapping[str, int], workload: Workload, precision: Precision, first: bool = False
+    ) -> Operator:  # fmt: skip
+        """Kinds embedding, attention, mlp, head with their dimensions; what has the first token only has a sequence of one."""
         if segment.kind == "embedding":
             return self.embedding_operator(config, workload, precision)
         dims = self.dims(config)
-        common = (("batch", workload.batch), ("sequence", workload.sequence), ("hidden", dims.hidden))
+        sequence = 1 if first and segment.kind != "attention" else workload.sequence
+        common = (("batch", workload.batch), ("sequence", sequence), ("hidden", dims.hidden))
         norm = "pre" if self.layout(config).pre_norm else "post"
         if segment.kind == "attention":
             heads = values[f"layers.{segment.layer}.heads"]
             return Operator(
                 kind="attention", dims=(*common, ("heads", heads), ("head_dim", dims.head_dim)),
-                attributes=(("mask", int(self.masked)), ("norm", norm)), precision=precision,
+                attributes=(("mask", int(self.masked)), ("norm", norm), *((("out", "first token"),) if first else ())), precision=precision,
             )  # fmt: skip
         if segment.kind == "mlp":
             width = values[f"layers.{segment.layer}.width"]
@@ -186,7 +190,8 @@ class EncoderFamily(ABC):
         tokens = d["batch"] * d["sequence"]
         if operator.kind == "attention":
             inner = d["heads"] * d["head_dim"]
-            return tokens * (4 * d["hidden"] * inner + 2 * d["sequence"] * inner)
+            written = d["batch"] if "out" in dict(operator.attributes) else tokens
+            return tokens * (3 * d["hidden"] + 2 * d["sequence"]) * inner + written * d["hidden"] * inner
         if operator.kind == "mlp":
             return tokens * 2 * d["hidden"] * d["width"]
         if operator.kind == "head":

@@ -69,6 +69,7 @@ class ToyForClassification(PreTrainedModel):  # type: ignore[misc]
 class Toy:
     name = "toy"
     model_types = (ToyConfig.model_type,)
+    reads_first_token = False
 
     def unsupported(self, config: Any) -> str:
         """Every toy configuration is handled."""
@@ -114,7 +115,9 @@ class Toy:
             found[f"layers.{i}.rank"] = (config.rank // 2, config.rank)
         return found
 
-    def operator(self, config: Any, segment: Segment, values: Mapping[str, int], workload: Workload, precision: Precision) -> Operator:
+    def operator(
+        self, config: Any, segment: Segment, values: Mapping[str, int], workload: Workload, precision: Precision, first: bool = False
+    ) -> Operator:  # fmt: skip
         common = (("batch", workload.batch), ("hidden", values["hidden"]))
         if segment.kind == "embedding":
             return Operator(kind="embedding", dims=(*common, ("features", config.features)), precision=precision)

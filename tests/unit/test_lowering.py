@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from transformers import BertConfig, DistilBertConfig, RobertaConfig, ViTConfig
@@ -13,6 +14,7 @@ from transformers import BertConfig, DistilBertConfig, RobertaConfig, ViTConfig
 from nascompile import lowering, network, plugins, space as spaces, supernet
 from nascompile.errors import ModelError, RecordError, UnsupportedError
 from nascompile.families.toy import ToyConfig
+from nascompile.passes.graph import parameter_of
 from nascompile.quantization import ActivationRanges
 from nascompile.records import Operator, Target
 
@@ -340,11 +342,11 @@ def test_every_operator_of_the_space_is_built_as_described(case, tmp_path):
         names = {value.name for value in stack.graph.input}
         feed = {name: value for name, value in case.inputs(np.random.default_rng(0)).items() if name in names}
         if "hidden" in names:
-            tokens = operator.dim("sequence") if operator.kind == "head" and case.family.name == "vit" else 7
-            shape = [2, *([tokens] if "sequence" in dict(operator.dims) else []), operator.dim("hidden")]
+            tokens = {0: [], 1: [1]}.get(dict(operator.dims).get("sequence", 0), [7])
+            shape = [2, *tokens, operator.dim("hidden")]
             feed["hidden"] = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
         results = list(runner.run(feed).values())
-        assert len(results) == (1 if operator.kind in ("attention", "mlp") else 3)
+        assert len(results) == (1 if operator.kind in ("attention", "mlp") and not _reads_first(operator) else 3)
         assert all(np.isfinite(r).all() and 1e-3 < np.abs(r).max() < 100 for r in results)
         assert len({r.tobytes() for r in results}) == len(results), "copies computed the same: they could be merged"
         integer = [t for t in stack.graph.initializer if t.data_type in INTEGER and len(t.dims) == 2]
@@ -356,6 +358,35 @@ def test_every_operator_of_the_space_is_built_as_described(case, tmp_path):
             fused = [n for n in stack.graph.node if n.op_type in ATTENTION]
             assert [onnx.helper.get_node_attr_value(n, "num_heads") for n in fused] == [operator.dim("heads")] * 3
             assert [n.op_type for n in stack.graph.node].count("Cast") == (case.family.name == "bert")  # one mask for all copies
+
+
+def _reads_first(operator: Operator) -> bool:
+    return ("out", "first token") in operator.attributes
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_operator_graph_says_of_which_products_one_token_is_computed(exports, tmp_path, depth):
+    """Rows of every product's input in the built graph are those of its operator: the last layer's and the head's are one a sample."""
+    for name in ("vit", "bert"):
+        case = make_case(exports, name, "onnxruntime")
+        point = spaces.candidate(case.space, spaces.genome(case.space, spaces.largest(case.space)) | {"depth": depth})
+        model = case.lower(point)
+        products = [n for n in model.graph.node if n.op_type in ("MatMul", "Attention")]
+        for node in products:
+            model.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, None))
+        session = onnxruntime.InferenceSession(model.SerializeToString())
+        feed = case.inputs(np.random.default_rng(0), batch=2)
+        rows = {n.output[0]: session.run([n.output[0]], feed)[0].shape[1] for n in products if n.op_type == "MatMul"}
+        nodes = network.graph(case.family, case.config, case.space, point, case.target).nodes
+        for node in nodes:
+            if node.operator.kind in ("attention", "mlp"):
+                first = node.operator.dim("sequence") == 1 or _reads_first(node.operator)
+                weights = {p for s in case.family.segments(case.config) if s.name == node.name for p in s.quantizable}
+                ends = [n.output[0] for n in products if parameter_of(n.input[1]) in weights and n.op_type == "MatMul"]
+                assert ends
+                assert first == (node.name.startswith(f"layers.{depth - 1}."))
+                written = [rows[end] for end in (ends[-1:] if node.operator.kind == "attention" else ends)]
+                assert {r == 1 for r in written} == {first}, (node.name, rows)
 
 
 def test_a_stack_is_a_chain_of_what_a_layer_computes(bert, tmp_path):

@@ -30,6 +30,7 @@ class Family:
     """Three layers of one linear, and a head."""
 
     name = "stub"
+    reads_first_token = False
 
     def segments(self, config):
         layers = (Segment(f"layers.{i}.mlp", "mlp", "", i, ("x", "input"), (f"w{i}",), (f"w{i}",), "int8") for i in range(3))
@@ -44,7 +45,7 @@ class Family:
     def choices(self, config, width_multiple):
         return {"depth": (1, 2, 3)} | {f"layers.{i}.width": (16, 32, 64) for i in range(3)}
 
-    def operator(self, config, segment, values, workload, precision):
+    def operator(self, config, segment, values, workload, precision, first=False):
         if segment.kind == "head":
             return Operator(kind="head", dims=(("hidden", 8),), precision=precision)
         return Operator(kind="mlp", dims=(("width", values[f"layers.{segment.layer}.width"]),), precision=precision)

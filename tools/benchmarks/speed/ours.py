@@ -38,12 +38,12 @@ def contenders() -> tuple[Contender, ...]:
 
 
 def macs(network: Network, batch: int) -> int:
-    """Multiply-accumulates of one call."""
+    """Multiply-accumulates that one call of our engines executes."""
     backend = plugins.get("backends", BACKENDS[0])
     target = _target(network, BACKENDS[0], batch, 1)
     space = networks.search_space(network.family, network.config, backend, target, "")
     graph = networks.graph(network.family, network.config, space, spaces.largest(space), target)
-    return sum(node.macs for node in graph.nodes)
+    return sum(network.family.macs(node.operator) for node in graph.nodes)
 
 
 def _artefact(backend: str, precision: str, batch: int, threads: int) -> Artefact:
