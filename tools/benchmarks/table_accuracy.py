@@ -317,7 +317,8 @@ def cell_row(case: Case, table: LatencyTable, precision: str, measured: dict[str
     row |= {
         "interval_coverage": float(np.mean(inside)), "interval": 100 * table.relative_error, "inside": int(sum(inside)),
         "noise_floor": 100 * float(np.mean(np.abs(times[:, 1] / times[:, 0] - 1))), "rows": len(table.rows),
-        "profile_seconds": table.seconds, "drift": 100 * table.drift, "scale": table.scale, "ms": [float(actual.min()), float(actual.max())],
+        "profile_seconds": table.seconds, "drift": 100 * table.drift, "scale": table.scale,
+        "fastest_ms": float(actual.min()), "slowest_ms": float(actual.max()),
         "rivals": {n: _errors(actual, np.array([way(p) for p in points]), half) for n, way in ways.items() if n != "table"},
     }  # fmt: skip
     return row
@@ -429,11 +430,10 @@ def main() -> None:
 
 def _show(content: dict[str, Any]) -> None:
     for row in content["rows"]:
-        print(
-            f"{row['family']} {row['precision']}: n {row['n']}, MAPE {row['mape']:.2f} %, within 5 % {row['within_5']:.2f}, "
-            f"τ {row['kendall_tau']:.3f}, coverage {row['interval_coverage']:.2f} of ±{row['interval']:.1f} %, front {row['front_signed_error']:+.2f} %, "
-            f"noise {row['noise_floor']:.2f} %; MAPE of " + ", ".join(f"{n} {r['mape']:.2f}" for n, r in row["rivals"].items())
-        )  # fmt: skip
+        print(f"{row['family']} {row['precision']}, {row['n']} networks of {row['fastest_ms']:.2f} to {row['slowest_ms']:.2f} ms:")
+        print(f"  MAPE {row['mape']:.2f} %, within 5 % {row['within_5']:.2f}, τ {row['kendall_tau']:.3f}, front {row['front_signed_error']:+.2f} %")
+        print(f"  {row['interval_coverage']:.2f} inside ±{row['interval']:.1f} %; the same again: {row['noise_floor']:.2f} %")
+        print("  MAPE of " + ", ".join(f"{name} {errors['mape']:.2f}" for name, errors in row["rivals"].items()))
     print(content["summary"])
 
 
