@@ -431,8 +431,9 @@ def main() -> None:
 def _show(content: dict[str, Any]) -> None:
     for row in content["rows"]:
         print(f"{row['family']} {row['precision']}, {row['n']} networks of {row['fastest_ms']:.2f} to {row['slowest_ms']:.2f} ms:")
-        print(f"  MAPE {row['mape']:.2f} %, within 5 % {row['within_5']:.2f}, τ {row['kendall_tau']:.3f}, front {row['front_signed_error']:+.2f} %")
-        print(f"  {row['interval_coverage']:.2f} inside ±{row['interval']:.1f} %; the same again: {row['noise_floor']:.2f} %")
+        print(f"  MAPE {row['mape']:.2f} %, within 5 % {row['within_5']:.2f}, τ {row['kendall_tau']:.3f}")
+        print(f"  on the front {row['front_signed_error']:+.2f} %; the same networks again: {row['noise_floor']:.2f} %")
+        print(f"  {row['interval_coverage']:.2f} inside ±{row['interval']:.1f} %")
         print("  MAPE of " + ", ".join(f"{name} {errors['mape']:.2f}" for name, errors in row["rivals"].items()))
     print(content["summary"])
 
