@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,8 +110,7 @@ def expected(parts: Parts, source: Source, point: Candidate, ranges: ActivationR
     precisions = tuple(dict.fromkeys(node.operator.precision for node in graph.nodes))
     batches = _sample(parts)
     logits = emulate(net, parts.space, point, parts.target.id, batches, ranges)[0]
-    quantized = any(precision.weights.kind == "int" for precision in precisions)
-    tolerance = INTEGER_SHARE * max(1.0, float(np.abs(logits).max())) if quantized else _tolerance(set(precisions), logits)
+    tolerance = rounding_tolerance(logits) if has_integers(precisions) else _tolerance(set(precisions), logits)
     return Expected({key: value.numpy() for key, value in batches[0][0].items()}, logits, tolerance, precisions)
 
 
@@ -133,7 +132,7 @@ def build(
     graph = network.graph(net.family, net.config, parts.space, point, parts.target)
     batches = _sample(parts)
     precisions = {node.operator.precision for node in graph.nodes}
-    quantized = any(precision.weights.kind == "int" for precision in precisions)
+    quantized = has_integers(precisions)
     # an integer engine may round another way where the emulation sits on an edge; its own outputs are its reference if it can give any
     emulated = None if quantized and not parts.unrun else emulate(net, parts.space, point, parts.target.id, batches, ranges)[0]
     return engine.write(
@@ -155,5 +154,19 @@ def _tolerance(precisions: set[Precision], emulated: Any) -> float:
     """What a sample's logits may differ by. An integer engine without emulated logits is compared with itself."""
     if emulated is None or precisions.isdisjoint((FLOAT16, INT8_SYMMETRIC)):
         return FLOAT_TOLERANCE
-    share = INTEGER_SHARE if any(p.weights.kind == "int" for p in precisions) else HALF_SHARE
-    return share * max(1.0, float(np.abs(emulated).max()))
+    return rounding_tolerance(emulated) if has_integers(precisions) else HALF_SHARE * max(1.0, float(np.abs(emulated).max()))
+
+
+def has_integers(precisions: Collection[Precision]) -> bool:
+    """Whether some weights are integers."""
+    return any(precision.weights.kind == "int" for precision in precisions)
+
+
+def multiplies_integers(precisions: Collection[Precision]) -> bool:
+    """Whether some products are of integers."""
+    return any(precision.activations.kind == "int" for precision in precisions)
+
+
+def rounding_tolerance(logits: Any) -> float:
+    """What logits of an integer engine may differ by where its floats are rounded another way; a wrong graph differs by more."""
+    return INTEGER_SHARE * max(1.0, float(np.abs(logits).max()))

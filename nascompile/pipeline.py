@@ -498,8 +498,10 @@ class Context:
             kept, tried = variants.choose(contenders, want.precisions, check, inputs, self.device, folder, seed)
             target = kept.contender.target
             if self.recipe.measure.tune_session:
-                own = variants.Check(want.inputs, next(iter(kept.runner.run(want.inputs).values())), build.FLOAT_TOLERANCE)
-                target, settings = variants.tune(kept, own, inputs, self.device, seed)
+                logits = next(iter(kept.runner.run(want.inputs).values()))
+                own = variants.Check(want.inputs, logits, build.FLOAT_TOLERANCE)
+                rounded = replace(own, tolerance=build.rounding_tolerance(logits)) if build.multiplies_integers(want.precisions) else None
+                target, settings = variants.tune(kept, own, inputs, self.device, seed, rounded)
                 tried += settings
         return target, tried
 

@@ -152,14 +152,19 @@ def _ms(variant: Variant) -> str:
 # ---------------------------------------------------------------------------------------------- session settings
 
 
-def tune(built: Built, check: Check, inputs: Mapping[str, Any], device: Device, seed: int) -> tuple[Target, tuple[Variant, ...]]:
+def tune(
+    built: Built, check: Check, inputs: Mapping[str, Any], device: Device, seed: int, rounded: Check | None = None
+) -> tuple[Target, tuple[Variant, ...]]:
     """The target with the session settings that measured better, one at a time, and every one that was tried.
 
     All are timed once beside the session as it is; the fastest of those that look better are timed again, each against what has
-    been kept until then. `check` holds what the engine gives with its session as it is.
+    been kept until then. `check` holds what the engine gives with its session as it is; `rounded` the same with what is accepted of
+    settings that round another way (the backend's `rounding`), without which those are not tried.
     """
     target = built.contender.target
-    runners, trials = _trials(built, check)
+    rounding = dict(built.contender.backend.rounding) if rounded else {}
+    checks = dict.fromkeys(rounding, rounded or check)
+    runners, trials = _trials(built, (*built.contender.backend.tunable, *rounding.items()), check, checks)
     if not trials:
         return target, ()
     running = list(runners)
@@ -177,7 +182,8 @@ def tune(built: Built, check: Check, inputs: Mapping[str, Any], device: Device, 
             trials[option] = msgspec.structs.replace(trials[option], reason=f"another value of {option[0]} was adopted before")
             continue
         other = _with(kept, *option)
-        if adopted and (reason := _loaded(built, other, check)[1]):
+        accepted = next((checks[name] for name in (option[0], *adopted) if name in checks), check)
+        if adopted and (reason := _loaded(built, other, accepted)[1]):
             trials[option] = msgspec.structs.replace(trials[option], session=other.session, reason=reason)
             continue
         ratio, measured = _duel(built, kept, other, inputs, device, seed)
@@ -192,14 +198,16 @@ def tune(built: Built, check: Check, inputs: Mapping[str, Any], device: Device, 
     return kept, tuple(trials.values())
 
 
-def _trials(built: Built, check: Check) -> tuple[dict[Option, Any], dict[Option, Variant]]:
+def _trials(
+    built: Built, settings: Sequence[tuple[str, tuple[str, ...]]], check: Check, checks: Mapping[str, Check]
+) -> tuple[dict[Option, Any], dict[Option, Variant]]:
     """Runners for everything one setting could be instead, and a record of each, with a reason where it does not run."""
     target, backend = built.contender.target, built.contender.backend
-    now, tunable = dict(target.session), backend.tunable
+    now = dict(target.session)
     runners, trials = {}, {}
-    for option in [(name, value) for name, values in tunable for value in values if value != now.get(name, values[0])]:
+    for option in [(name, value) for name, values in settings for value in values if value != now.get(name, values[0])]:
         other = _with(target, *option)
-        runner, reason = _loaded(built, other, check)
+        runner, reason = _loaded(built, other, checks.get(option[0], check))
         trials[option] = Variant(backend=backend.name, session=other.session, setting="=".join(option), reason=reason)
         if runner is not None:
             runners[option] = runner

@@ -25,6 +25,8 @@ class Backend(Protocol):
     """Passes of `lowering.PASSES` that this backend wants, beyond those every backend gets."""
     tunable: tuple[tuple[str, tuple[str, ...]], ...]
     """Session settings worth trying: (name, values), first the value that holds where a session does not say."""
+    rounding: tuple[tuple[str, tuple[str, ...]], ...]
+    """The same for settings that round floats another way: worth trying where integers round far more."""
 
     def unavailable(self) -> str:
         """Why this backend cannot run here; empty if it can."""

@@ -27,6 +27,7 @@ class Fake:
     width_multiple = 8
     passes: tuple[str, ...] = ()
     tunable: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    rounding: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def unavailable(self) -> str:
         """Always available."""

@@ -51,6 +51,7 @@ class OnnxRuntime:
         "fuse_attention", "quantize_blocks", *integer_passes(platform.machine(), cpu_flags()), "fuse_integer_matmul",
         "fuse_integer_attention", "fuse_float_attention",
     )  # fmt: skip
+    rounding: tuple[tuple[str, tuple[str, ...]], ...] = ()
     tunable: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("graph_optimization_level", ("all", "extended", "basic")),
         ("disabled_optimizers", ("", ",".join(SLOWER), *TWO_OF_SLOWER)),

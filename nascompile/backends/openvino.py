@@ -30,6 +30,7 @@ YES_NO = ("no", "yes")
 PROPERTIES = {
     "enable_cpu_pinning": YES_NO,
     "enable_hyper_threading": YES_NO,
+    "inference_precision_hint": ("f32", "bf16"),
     "performance_hint": ("latency", "throughput"),
     "scheduling_core_type": ("any_core", "pcore_only", "ecore_only"),
 }
@@ -41,7 +42,8 @@ which are faster in one. `seen`: the first shapes that come; `none`: one network
 LIMIT = 4
 """Networks of fixed shape that one engine may have: each holds a copy of the weights as its kernels want them."""
 FIXED = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
-"""FP32 is float32 also where the processor multiplies bfloat16 faster; one call at a time gets all threads."""
+"""FP32 is float32 also where the processor multiplies bfloat16 faster, unless a session says so; one call at a time gets all threads."""
+BFLOAT16 = frozenset(("amx_bf16", "avx512_bf16"))
 
 
 class OpenVino:
@@ -56,6 +58,11 @@ class OpenVino:
         (STATIC_SHAPE, (SHAPES, NONE)),
     )
     """Not pinning: alone on the machine it can only win, and two processes that are pinned to one core share it."""
+
+    @property
+    def rounding(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """What is no integer in bfloat16, where the processor multiplies that: attention, softmax, norms, sums."""
+        return (("inference_precision_hint", ("f32", "bf16")),) if cpu_flags() & BFLOAT16 else ()
 
     def unavailable(self) -> str:
         """Why this backend cannot run here; empty if it can."""

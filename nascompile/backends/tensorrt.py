@@ -31,6 +31,7 @@ class TensorRt:
     """Tensor cores multiply tiles of 16 (FP16) or 32 (INT8) in the summed dimension."""
     passes: tuple[str, ...] = ("half_floats",)
     tunable: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    rounding: tuple[tuple[str, tuple[str, ...]], ...] = ()
     devices = ("cuda",)
     run_script = ""
     """`run.py` is for runtimes that run anywhere: an engine of this one goes through nascompile."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ class Backend:
     """Takes `ms` a call, times what its settings say."""
 
     tunable: tuple[Any, ...] = ()
+    rounding: tuple[Any, ...] = ()
 
     def __init__(self, name: str, ms: float = 1.0, off: float = 0.0, **factors: dict[str, float]) -> None:
         self.name, self.ms, self.off, self.factors = name, ms, off, factors
@@ -147,6 +149,20 @@ def test_a_setting_that_fails_or_changes_the_logits_is_not_adopted(device: Any, 
     assert reasons["mode=breaks"] == "fails: unknown value of it: breaks"
     assert "off by 1 on the sample" in reasons["mode=wrong"]
     assert all(v.latency is None for v in trials)
+
+
+def test_settings_that_round_another_way_are_tried_where_that_is_accepted(device: Any, tmp_path: Any) -> None:
+    backend = Backend("b", mode={"plain": 1.0, "fast": 0.9}, floats={"f32": 1.0, "wrong": 0.5})
+    backend.tunable, backend.rounding = backend.tunable[:1], backend.tunable[1:]
+    target, trials = tune(backend, device, tmp_path)
+    assert (target.session, [v.setting for v in trials]) == ((("mode", "fast"),), ["mode=fast"])
+    one = contender(backend)
+    built = variants.Built(one, tmp_path, ("g",), backend.load(tmp_path, (), one.target))
+    target, trials = variants.tune(built, CHECK, INPUTS, device, 0, replace(CHECK, tolerance=1.5))
+    assert target.session == (("floats", "wrong"), ("mode", "fast"))  # the second is checked as loosely as the first was
+    assert all(v.kept for v in trials)
+    target, trials = variants.tune(built, CHECK, INPUTS, device, 0, replace(CHECK, tolerance=0.5))
+    assert target.session == (("mode", "fast"),)
 
 
 def test_noise_is_adopted_by_nobody(device: Any, tmp_path: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -26,15 +27,20 @@ LOWERING = latency_table.lowering_digest()
 
 
 def contenders() -> tuple[Contender, ...]:
-    """One per backend and precision."""
-    return tuple(
-        Contender(
-            name=f"ours {backend} {precision}", runtime=backend, form=FP32 if precision == "fp32" else REDUCED, ours=True,
-            artefact=partial(_artefact, backend, precision), load=partial(_load, backend),
-        )
-        for backend in BACKENDS
-        for precision in PRECISIONS
-    )  # fmt: skip
+    """One per backend and precision, and per setting that rounds floats another way."""
+    found = []
+    for backend, precision in itertools.product(BACKENDS, PRECISIONS):
+        rounding = plugins.get("backends", backend).rounding if precision == "int8" else ()
+        sessions = [{}, *({name: value} for name, values in rounding for value in values[1:])]
+        found += [
+            Contender(
+                name=" ".join(("ours", backend, precision, *session.values())), runtime=backend, ours=True,
+                form=FP32 if precision == "fp32" else REDUCED, artefact=partial(_artefact, backend, precision),
+                load=partial(_load, backend, session),
+            )
+            for session in sessions
+        ]  # fmt: skip
+    return tuple(found)
 
 
 def macs(network: Network, batch: int) -> int:
@@ -53,8 +59,8 @@ def _artefact(backend: str, precision: str, batch: int, threads: int) -> Artefac
     )  # fmt: skip
 
 
-def _target(network: Network, backend: str, batch: int, threads: int) -> Target:
-    return targets.make(targets.LOCAL, backend, network.workload(batch), threads)
+def _target(network: Network, backend: str, batch: int, threads: int, session: Mapping[str, str] | None = None) -> Target:
+    return targets.make(targets.LOCAL, backend, network.workload(batch), threads, session)
 
 
 def _make(backend_name: str, precision: str, network: Network, folder: Path) -> None:
@@ -94,10 +100,10 @@ def _batches(network: Network) -> list[Batch]:
     return found
 
 
-def _load(backend_name: str, network: Network, folder: Path, batch: int, threads: int) -> Runner:
+def _load(backend_name: str, session: Mapping[str, str], network: Network, folder: Path, batch: int, threads: int) -> Runner:
     backend = plugins.get("backends", backend_name)
     graphs = tuple(name for name in ("model.onnx", "model.xml", "model.bin") if (folder / name).is_file())
-    runner = backend.load(folder, graphs, _target(network, backend_name, batch, threads))
+    runner = backend.load(folder, graphs, _target(network, backend_name, batch, threads, session))
 
     def run(inputs: Mapping[str, Array]) -> Array:
         logits: Array = runner.run(inputs)["logits"]
