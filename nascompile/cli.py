@@ -550,10 +550,14 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Print the label of every input, one a line; needs no torch."""
-    from nascompile import engine as engines
+    from nascompile import engine as engines, latency_table
 
     samples = [sample for text in inputs for sample in (_lines(Path(text[1:])) if text.startswith("@") else [text])]
-    found = engines.load(engine).predict(samples)
+    loaded = engines.load(engine)
+    if loaded.manifest.foreign:
+        found_by = "; ".join(latency_table.difference_lines(loaded.manifest.foreign))
+        typer.echo(f"note: this engine was found by {latency_table.FOREIGN}: {found_by}", err=True)
+    found = loaded.predict(samples)
     if as_json:
         rows = [{"label": label, "probability": number} if label else {"value": number} for label, number in found]
         return _print_json([{"input": sample, **row} for sample, row in zip(samples, rows, strict=True)])

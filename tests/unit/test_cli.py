@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -461,6 +462,8 @@ def test_a_stage_prints_its_files(inside):
 
 def test_predictions_are_labels_alone(monkeypatch, tmp_path):
     class Loaded:
+        manifest = SimpleNamespace(foreign=())
+
         def predict(self, items):
             return [("", 0.25) if item == "number" else (item.upper(), 0.5) for item in items]
 
