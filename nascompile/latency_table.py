@@ -196,7 +196,11 @@ def merge(a: LatencyTable, b: LatencyTable) -> LatencyTable:
     if a.target != b.target:
         message = f"tables of two targets cannot be merged: {a.target.id} and {b.target.id}"
         raise TableError(message, detail=_target_differences(a.target, b.target), hint="`nascompile table diff` compares them")
-    check_environment(b, a.environment)
+    if differ := differences(a.environment, b.environment):
+        raise TableError(
+            "tables of two environments cannot be merged: they have other " + ", ".join(name for name, _, _ in differ),
+            detail="\n".join(f"{name}: {x} and {y}" for name, x, y in differ), hint="`nascompile table diff` compares them",
+        )  # fmt: skip
     rows: dict[Operator, TableRow] = {}
     for table in (a, b):
         for row in table.rows:

@@ -664,6 +664,19 @@ def check_passes(engine: Path, progress: Progress | None = None) -> tuple[PassCh
         return build.check_passes(context.parts, source, manifest.candidate, engine.with_name(f"{engine.name}.graphs"))
 
 
+def canary(table: LatencyTable, model: str = "", run: Path | None = None) -> float:
+    """Median of now / table over a few operators of a model, or of a run's; TableError if this machine is not as fast as it was.
+
+    Nothing is written into the run folder.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        recipe = load(run / "recipe.json", Recipe) if run else Recipe(model=model)
+        context = Context(msgspec.structs.replace(recipe, device=table.target.device), run or Path(scratch), Silent(), Given())
+        context.target = table.target
+        space, work = context.space_of(context.config, ()), Path(scratch) / "canary"
+        return profiler.canary(table, context.family, context.config, space, context.backend, context.device, work, recipe.seed)
+
+
 def _build_elsewhere(context: Context, searched: Evaluation, folder: Path, precision: str) -> Path:
     """The engine of a candidate for the context's target, which is not the one it was searched for; nothing predicts its latency."""
     unrun = _unrun(context.target, context.backend)

@@ -1,0 +1,61 @@
+"""A stored table against the machine as it is now: a few of its operators are built and timed again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from typer.testing import CliRunner
+
+from nascompile import cli, latency_table, pipeline
+from nascompile.records import LatencyTable, TableRow, load, save
+from nascompile.settings import Recipe
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, into: Any, quick: Recipe) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        folder: Path = into(tmp_path_factory.mktemp("canary"), patch)
+        pipeline.run(quick, Path("run"), until="profile")
+        table = load(Path("run/table.json"), LatencyTable)
+        rows = tuple(TableRow(operator=row.operator, latency=latency_table.rescaled(row.latency, 0.5)) for row in table.rows)
+        save(msgspec.structs.replace(table, rows=rows), Path("fast.json"))
+        return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+
+
+def validate(*arguments: object) -> Any:
+    return CliRunner().invoke(cli.app, ["table", "validate", *map(str, arguments), "--canary"], prog_name="nascompile")
+
+
+@pytest.mark.parametrize("source", [("--run", "run"), ("--model", "toy")])
+def test_operators_are_timed_again(source: tuple[str, str]) -> None:
+    before = sorted(path for path in Path().rglob("*"))
+    done = validate("run/table.json", *source, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["canary"] == pytest.approx(1.0, abs=0.03)
+    assert sorted(path for path in Path().rglob("*")) == before, "nothing is left in the run folder"
+    assert "canary: operators take" in validate("run/table.json", *source).stdout
+
+
+@pytest.mark.parametrize("source", [("--run", "run"), ("--model", "toy")])
+def test_a_table_that_promises_too_much_is_not_valid(source: tuple[str, str]) -> None:
+    done = validate("fast.json", *source)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "not as fast as when its latency table was made" in done.stderr
+
+
+def test_a_table_of_another_model_cannot_be_tried() -> None:
+    table = load(Path("run/table.json"), LatencyTable)
+    rows = tuple(msgspec.structs.replace(row, operator=msgspec.structs.replace(row.operator, kind="other")) for row in table.rows)
+    save(msgspec.structs.replace(table, rows=rows), Path("other.json"))
+    done = validate("other.json", "--model", "toy")
+    assert done.exit_code == 1
+    assert "has no operator of this space's layers" in done.stderr
