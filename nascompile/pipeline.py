@@ -401,6 +401,8 @@ class Context:
             self.progress.note(f"using the latency table {found.path}")
             table = found.table
         else:
+            if found:
+                self.progress.note(f"adding {len(found.missing)} of {len(operators)} operators to the rows of {found.path}")
             table = profiler.profile(
                 self.family, self.config, space, self.target, self.backend, self.device, work, self.recipe.seed, self.progress,
                 seconds=self.recipe.profile_seconds, existing=found.table if found else None,

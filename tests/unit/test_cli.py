@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from nascompile import cli, engine, pipeline, records, settings
 from nascompile.errors import BudgetError
-from nascompile.progress import Lines, Progress
+from nascompile.progress import Lines, Pace, Progress, time_left
 from nascompile.records import INT8, Candidate, Environment, LatencyTable, Operator, Quantity, Residual, TableRow, Target, Workload
 from nascompile.settings import Budgets, Recipe
 from nascompile.terminal import Bars
@@ -249,11 +249,11 @@ def tables(tmp_path):
     target = Target(device="fake", backend="fake", workload=Workload())
     environment = targets.device("fake").environment(target, plugins.get("backends", "fake").versions())
     one, two, three = (Operator(kind="mlp", dims=(("batch", 1), ("width", w)), precision=INT8) for w in (8, 16, 24))
+    network = Candidate(space="", architecture=(), precision=())
     for name, rows in (("a", ((one, 1.0), (two, 2.0))), ("b", ((two, 3.0), (three, 4.0)))):
         table = LatencyTable(
             target=target, environment=environment, rows=tuple(TableRow(operator=o, latency=quantity(ms)) for o, ms in rows), seconds=2.0,
-            validation=(Residual(candidate=Candidate(space=name, architecture=(), precision=()), predicted_ms=3.0, measured=quantity(3.0)),),
-            relative_error=0.05,
+            validation=(Residual(candidate=network, predicted_ms=3.0, measured=quantity(3.0)),), relative_error=0.05,
         )  # fmt: skip
         records.save(table, tmp_path / f"{name}.json")
     return tmp_path
@@ -361,6 +361,24 @@ def test_both_kinds_of_progress_say_the_same():
         assert "candidates [1]" in text
         assert "left" in text
     assert screen.getvalue().rindex("\x1b[?25h") > screen.getvalue().rindex("\x1b[?25l")  # the cursor is shown again
+
+
+def test_the_time_left_is_what_the_units_so_far_took():
+    clock = iter([0.0, 10.0, 30.0, 31.0, 40.0, 50.0, 60.0, 70.0])
+    pace = Pace(lambda: next(clock))
+    assert pace.left("rows", 0, 10) is None
+    assert pace.left("rows", 0, 10) is None, "nothing is finished"
+    assert pace.left("rows", 3, 10) == pytest.approx(70.0), "three in 30 s"
+    assert pace.left("networks", 2, 4) is None, "an earlier call did two"
+    assert pace.left("rows", 4, 10) == pytest.approx(60.0), "another step in between changes nothing"
+    assert pace.left("networks", 3, 4) == pytest.approx(19.0)
+    assert pace.left("rows", 0, 10) is None, "the same step begins again"
+    pace.restart()
+    assert pace.left("networks", 4, 4) is None
+
+
+def test_time_left_is_written_for_a_person():
+    assert [time_left(seconds) for seconds in (None, 4.4, 185.0)] == ["", ", 4 s left", ", 3 min 05 s left"]
 
 
 def test_both_kinds_of_progress_fit_the_contract():

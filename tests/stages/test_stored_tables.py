@@ -1,4 +1,4 @@
-"""A stored table against the machine as it is now: a few of its operators are built and timed again."""
+"""A stored table: against the machine as it is now, and what a profile adds to it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from nascompile import cli, latency_table, pipeline
+from nascompile import cli, latency_table, pipeline, plugins, profiler
+from nascompile.progress import Silent
 from nascompile.records import LatencyTable, TableRow, load, save
 from nascompile.settings import Recipe
 
@@ -29,6 +30,45 @@ def folder(tmp_path_factory: pytest.TempPathFactory, into: Any, quick: Recipe) -
 @pytest.fixture(autouse=True)
 def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
+
+
+class Told(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_operators_that_a_table_lacks_are_added_to_its_rows(
+    elsewhere: Path, folder: Path, quick: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By every profile, without a flag; killed half-way, only the rest is timed."""
+    table = load(folder / "run" / "table.json", LatencyTable)
+    few = latency_table.store(msgspec.structs.replace(table, rows=table.rows[4:]))
+    before = few.read_bytes()
+    monkeypatch.setattr(profiler, "BATCH_ROWS", 1)
+    device, timed = plugins.get("devices", "fake"), []
+    time = type(device).time
+
+    def counted(self: Any, jobs: Any, **options: Any) -> Any:
+        timed.append(len(jobs))
+        if len(timed) == 3:
+            raise KeyboardInterrupt
+        return time(self, jobs, **options)
+
+    monkeypatch.setattr(type(device), "time", counted)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(quick, Path("again"), until="profile")
+    told = Told()
+    pipeline.run(quick, Path("again"), until="profile", progress=told)
+    assert f"adding 4 of {len(table.rows)} operators to the rows of {few}" in told.notes
+    assert next(note for note in told.notes if "to time" in note).startswith(f"2 of {len(table.rows)} operators to time")
+    assert timed == [2, 2, 2, 2, 2, 11], "two rows beside the reference and a third that was not finished, the other two, the networks"
+    made = load(Path("again/table.json"), LatencyTable)
+    assert {row.operator for row in made.rows} == {row.operator for row in table.rows}
+    assert few.read_bytes() == before, "a table is never edited"
+    assert len(list(few.parent.glob("*.json"))) == 2
 
 
 def validate(*arguments: object) -> Any:
