@@ -48,6 +48,7 @@ class Bars:
         self._bars.update(self._task, completed=done, total=total, left=left)
 
     def note(self, text: str) -> None:
+        self._bars.refresh()  # what is printed is drawn above the bar as it was drawn last
         self._console.print(f"      {text}", markup=False, highlight=False)
 
     def _end_step(self) -> None:
