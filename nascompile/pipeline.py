@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -57,6 +57,7 @@ from nascompile.records import (
     Front,
     LatencyTable,
     Measurement,
+    Operator,
     Record,
     Score,
     SearchSpace,
@@ -402,6 +403,7 @@ class Context:
             table = found.table
         else:
             if found:
+                self._check_pace(found, operators, space)
                 self.progress.note(f"adding {len(found.missing)} of {len(operators)} operators to the rows of {found.path}")
             table = profiler.profile(
                 self.family, self.config, space, self.target, self.backend, self.device, work, self.recipe.seed, self.progress,
@@ -411,6 +413,13 @@ class Context:
         save(table, self.out / "table.json")
         self.progress.note(f"{len(table.rows)} operators, 90 % interval ±{100 * table.relative_error:.1f} %")
         return [self.out / "table.json", *self._note_foreign(table, foreign)]
+
+    def _check_pace(self, found: latency_table.Found, operators: Sequence[Operator], space: SearchSpace) -> None:
+        """TableError if rows that are timed now would not fit to those of the table; nothing where no layer of this space is among them."""
+        layers = {segment.kind for segment in self.family.segments(self.config) if segment.layer is not None}
+        if any(operator.kind in layers for operator in operators if operator not in found.missing):
+            work, seed = self.out / "profiling", self.recipe.seed
+            profiler.canary(found.table, self.family, self.config, space, self.backend, self.device, work, seed)
 
     def _note_foreign(self, table: LatencyTable, foreign: Differences) -> list[Path]:
         """Keeps what is foreign about the run's table, where something is."""

@@ -226,9 +226,10 @@ def _time_rows(
     label, done = "timing operators", 0
     for batch in _batches(bench, lacking):
         jobs = []
-        for operator in batch:
-            progress.step(label, done, len(lacking))
+        for number, operator in enumerate(batch, done):
+            progress.step("building operators", number, len(lacking))
             jobs.append(bench.operator(operator, bench.copies(operator), scratch))
+        progress.step(label, done, len(lacking))
         found = device.time([device.reference(), *jobs], seconds=seconds * len(batch), seed=bench.seed)
         references.append(found[0].value)
         # windows are brought to the speed of the first: within one they already share the machine's state

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nascompile import cli, latency_table, pipeline, plugins, profiler
+from nascompile.errors import TableError
 from nascompile.progress import Silent
 from nascompile.records import LatencyTable, TableRow, load, save
 from nascompile.settings import Recipe
@@ -53,7 +54,7 @@ def test_operators_that_a_table_lacks_are_added_to_its_rows(
 
     def counted(self: Any, jobs: Any, **options: Any) -> Any:
         timed.append(len(jobs))
-        if len(timed) == 3:
+        if len(timed) == 4:
             raise KeyboardInterrupt
         return time(self, jobs, **options)
 
@@ -64,11 +65,25 @@ def test_operators_that_a_table_lacks_are_added_to_its_rows(
     pipeline.run(quick, Path("again"), until="profile", progress=told)
     assert f"adding 4 of {len(table.rows)} operators to the rows of {few}" in told.notes
     assert next(note for note in told.notes if "to time" in note).startswith(f"2 of {len(table.rows)} operators to time")
-    assert timed == [2, 2, 2, 2, 2, 11], "two rows beside the reference and a third that was not finished, the other two, the networks"
+    assert timed == [5, 2, 2, 2, 5, 2, 2, 11], "a canary, two rows and one unfinished; a canary, the other two rows, the networks"
     made = load(Path("again/table.json"), LatencyTable)
     assert {row.operator for row in made.rows} == {row.operator for row in table.rows}
     assert few.read_bytes() == before, "a table is never edited"
     assert len(list(few.parent.glob("*.json"))) == 2
+
+
+def test_nothing_is_added_to_rows_of_another_speed(elsewhere: Path, folder: Path, quick: Recipe) -> None:
+    fast = load(folder / "fast.json", LatencyTable)
+    stored = latency_table.store(msgspec.structs.replace(fast, rows=fast.rows[4:]))
+    with pytest.raises(TableError, match="not as fast as when its latency table was made"):
+        pipeline.run(quick, Path("again"), until="profile")
+    assert list(stored.parent.glob("*.json")) == [stored]
+
+    heads = tuple(row for row in fast.rows if row.operator.kind == "head")
+    stored.unlink()
+    latency_table.store(msgspec.structs.replace(fast, rows=heads))
+    pipeline.run(quick, Path("again"), until="profile")  # nothing there that a canary could time
+    assert len(load(Path("again/table.json"), LatencyTable).rows) == len(fast.rows)
 
 
 def validate(*arguments: object) -> Any:

@@ -260,9 +260,8 @@ def test_every_step_of_a_profile_is_told_with_its_number(space, tmp_path, monkey
     monkeypatch.setattr(profiler, "BATCH_ROWS", 3)
     told = Told()
     profile(space, tmp_path, Device(), networks=4, progress=told)
-    rows = [step[1:] for step in told.steps if step[0] == "timing operators"]
-    assert sorted(set(rows)) == [(0, 7), (3, 7), (6, 7), (7, 7)]
-    assert len(rows) == 7 + 3, "while each is built, and after each window"
+    assert [step[1:] for step in told.steps if step[0] == "building operators"] == [(n, 7) for n in range(7)]
+    assert [step[1:] for step in told.steps if step[0] == "timing operators"] == [(n, 7) for n in (0, 3, 3, 6, 6, 7)]
     assert [step[1:] for step in told.steps if step[0] == "building whole networks"] == [(n, 4) for n in range(4)]
     assert [step[1:] for step in told.steps if step[0] == "timing whole networks"] == [(0, 4), (4, 4)]
     whole = profiler.ROW_SECONDS * 7 + profiler.NETWORK_SECONDS * 4
