@@ -20,6 +20,7 @@ from nascompile.records import (
     FLOAT16,
     INT8_SYMMETRIC,
     Candidate,
+    Differences,
     EngineManifest,
     Interval,
     Precision,
@@ -62,6 +63,8 @@ class Parts:
     sample: Any
     """A split's first samples, from calibration."""
     table_digest: str
+    foreign: Differences = ()
+    """What differs where that table is of another environment."""
     unrun: tuple[str, ...] = ()
     """Why the engine cannot be run here, and what follows from that; empty: it can, and its sample is."""
 
@@ -142,7 +145,7 @@ def build(
             labels=parts.labels, config=parts.hf_config, sample={key: value.numpy() for key, value in batches[0][0].items()},
             expected=None if emulated is None else {"logits": emulated}, tolerance=_tolerance(precisions, emulated),
             preprocessing=parts.preprocessor.files(), candidate=point, executed=not parts.unrun, remarks=parts.unrun,
-            space=parts.space, graph=graph, predicted=predicted, table_digest=parts.table_digest,
+            space=parts.space, graph=graph, predicted=predicted, table_digest=parts.table_digest, foreign=parts.foreign,
             weights_digest=source.evaluator.weights_digest,
             versions=(*parts.backend.versions(), ("nascompile", __version__)), build_seconds=time.monotonic() - began, variants=variants,
         ),

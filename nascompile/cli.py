@@ -413,59 +413,91 @@ def devices(
 TableFile = Annotated[Path, typer.Argument(metavar="TABLE", help="A latency table (JSON).")]
 
 
+CsvFlag = Annotated[bool, typer.Option("--csv", help="Print the rows as CSV.")]
+
+
 @tables.command()
 def show(
     table: Annotated[Path | None, typer.Argument(metavar="TABLE", help="A latency table; none: list all.", show_default=False)] = None,
     folder: Annotated[Path | None, typer.Option("--tables", help="Folder of tables looked into first.", metavar="FOLDER")] = None,
     as_json: Json = False,
+    as_csv: CsvFlag = False,
 ) -> None:
-    """Print a table's target, error and rows; without TABLE, list the tables there are."""
+    """Print a table's target, error, environment and rows by kind of operator; without TABLE, list the tables there are."""
     if table is None:
         return _list_tables(folder, as_json)
     import msgspec
 
+    from nascompile import table_view
+
     found = _table(table)
     if as_json:
         return _print_json(msgspec.to_builtins(found))
-    typer.echo(f"{found.target.device}, {found.target.backend}, {found.target.threads} thread(s), taken in {found.seconds:.0f} s")
-    for name, value in found.environment.must_match:
-        typer.echo(f"  {name}: {value}")
-    typer.echo(f"scale {found.scale:.3f}, 90 % interval ± {found.relative_error:.1%}, drift {found.drift:.1%}, {len(found.rows)} rows\n")
-    _print_columns(("ms", "n", "", "operator"), [_row_cells(row) for row in found.rows], right=2)
+    if as_csv:
+        return typer.echo(table_view.csv_text(table_view.rows_of(found)), nl=False)
+    for line in table_view.headline(found):
+        typer.echo(line)
+    typer.echo()
+    _print_rich(table_view.by_kind(found))
 
 
 @tables.command()
-def validate(table: TableFile, as_json: Json = False) -> None:
-    """Check that a table is sound and belongs to this machine and these versions."""
-    from nascompile import latency_table, plugins, targets
+def validate(
+    table: TableFile,
+    canary: Annotated[bool, typer.Option("--canary", help="Time a few of its operators again, here; with --model or --run.")] = False,
+    model: Annotated[str, typer.Option("--model", help="For --canary: the model whose operators these are.", metavar="ID|FOLDER")] = "",
+    run_folder: Annotated[Path | None, typer.Option("--run", help="For --canary: a run of that model.", metavar="RUN")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check that a table is sound and belongs to this machine and these versions; with --canary, that the machine is as fast as it was."""
+    from nascompile import latency_table, plugins, table_check, targets
 
     found = _table(table)
+    if (bool(model) + bool(run_folder)) != canary:
+        raise RecipeError(
+            "--canary takes one of --model and --run, and they are for nothing else: a table holds shapes, not the graphs to time",
+            hint=f"nascompile table validate {table} --canary --model ID|FOLDER",
+        )
+    table_check.check(found)
     environment = targets.device(found.target.device).environment(found.target, plugins.get("backends", found.target.backend).versions())
     latency_table.check_environment(found, environment)
+    ratio = None
+    if canary:
+        from nascompile import pipeline
+
+        with redirect_stdout(sys.stderr):
+            ratio = pipeline.canary(found, model, run_folder)
     noisy = sum(row.noisy for row in found.rows)
     if as_json:
         facts = {"rows": len(found.rows), "noisy": noisy, "networks": len(found.validation), "relative_error": found.relative_error}
-        return _print_json({"table": str(table), "valid": True, **facts})
-    typer.echo(f"{table}: {len(found.rows)} rows ({noisy} noisy), ± {found.relative_error:.1%} over {len(found.validation)} networks")
+        return _print_json({"table": str(table), "valid": True, **facts, "canary": ratio})
+    typer.echo(f"{table}: sound, and of this environment")
+    typer.echo(f"{len(found.rows)} rows ({noisy} noisy), ± {found.relative_error:.1%} over {len(found.validation)} networks")
+    if ratio is not None:
+        typer.echo(f"canary: operators take {ratio:.3f} times what the table says (median)")
 
 
 @tables.command()
-def diff(a: TableFile, b: TableFile, as_json: Json = False) -> None:
-    """Compare two tables, operator by operator."""
-    import msgspec
+def diff(
+    a: TableFile,
+    b: TableFile,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Write a page with the ratios as a chart.", metavar="FILE.html")] = None,
+    as_json: Json = False,
+    as_csv: CsvFlag = False,
+) -> None:
+    """Compare two tables: what differs in target and environment, then b / a by kind and precision, then operator by operator."""
+    from nascompile import table_view
 
-    from nascompile import latency_table
-
-    left, right = _table(a), _table(b)
-    environment = latency_table.differences(left.environment, right.environment)
-    rows = latency_table.diff(left, right)
+    found = table_view.compare(_table(a), _table(b))
+    if plot is not None:
+        table_view.plot(found, a.name, b.name, plot)
+        typer.echo(f"chart: {plot}", err=True)
     if as_json:
-        body = [{"operator": msgspec.to_builtins(d.operator), "a_ms": d.a, "b_ms": d.b, "ratio": d.ratio} for d in rows]
-        return _print_json({"environment": [{"field": f, "a": x, "b": y} for f, x, y in environment], "rows": body})
-    for name, x, y in environment:
-        typer.echo(f"{name}: {x} | {y}")
-    cells = [(_number(d.a, 4), _number(d.b, 4), _number(d.ratio, 3), d.operator.label) for d in rows]
-    _print_columns(("a ms", "b ms", "b / a", "operator"), cells, right=3)
+        return _print_json(table_view.difference_facts(found, str(a), str(b)))
+    if as_csv:
+        return typer.echo(table_view.csv_text(table_view.difference_rows(found)), nl=False)
+    typer.echo(f"a: {a}\nb: {b}\n")
+    _print_rich(table_view.difference_tables(found))
 
 
 @tables.command()
@@ -483,17 +515,19 @@ def merge(
 
 
 @tables.command()
-def export(table: TableFile, as_json: Json = False) -> None:
-    """Print the rows as CSV; with --json, as JSON."""
-    import csv
+def export(
+    table: TableFile,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write: .csv, .parquet or .json.", metavar="FILE")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print the rows as CSV; with --json, as JSON; with --out, write them to a file of the format that its name says."""
+    from nascompile import table_view
 
-    rows = [_flat_row(row) for row in _table(table).rows]
-    if as_json:
-        return _print_json(rows)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(sys.stdout, names, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    rows = table_view.rows_of(_table(table))
+    if out is not None:
+        table_view.write(rows, out)
+        return _print_json({"file": str(out), "rows": len(rows)}) if as_json else typer.echo(out)
+    return _print_json(rows) if as_json else typer.echo(table_view.csv_text(rows), nl=False)
 
 
 def _table(path: Path) -> Any:
@@ -514,16 +548,15 @@ def _list_tables(folder: Path | None, as_json: bool) -> None:
         typer.echo(path)
 
 
-def _row_cells(row: Any) -> tuple[str, ...]:
-    return _number(row.latency.value, 4), str(row.latency.n), "noisy" if row.noisy else "", row.operator.label
+def _print_rich(tables: Sequence[Any]) -> None:
+    """Tables for a person, at most so many columns wide where stdout has no width of its own."""
+    from rich.console import Console
 
+    from nascompile.table_view import COLUMNS
 
-def _flat_row(row: Any) -> dict[str, Any]:
-    operator, latency = row.operator, row.latency
-    quantiles = {f"q{100 * level:g}_ms": value for level, value in latency.quantiles}
-    dims = {**dict(operator.dims), **dict(operator.attributes)}
-    cost = {"ms": latency.value, "n": latency.n, **quantiles, "noisy": row.noisy}
-    return {"kind": operator.kind, "precision": operator.precision.name, **dims, **cost}
+    console = Console(width=None if sys.stdout.isatty() else COLUMNS)
+    for table in tables:
+        console.print(table)
 
 
 # ---------------------------------------------------------------------------------------------- engines
@@ -550,10 +583,14 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Print the label of every input, one a line; needs no torch."""
-    from nascompile import engine as engines
+    from nascompile import engine as engines, latency_table
 
     samples = [sample for text in inputs for sample in (_lines(Path(text[1:])) if text.startswith("@") else [text])]
-    found = engines.load(engine).predict(samples)
+    loaded = engines.load(engine)
+    if loaded.manifest.foreign:
+        found_by = "; ".join(latency_table.difference_lines(loaded.manifest.foreign))
+        typer.echo(f"note: this engine was found by {latency_table.FOREIGN}: {found_by}", err=True)
+    found = loaded.predict(samples)
     if as_json:
         rows = [{"label": label, "probability": number} if label else {"value": number} for label, number in found]
         return _print_json([{"input": sample, **row} for sample, row in zip(samples, rows, strict=True)])

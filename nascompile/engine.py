@@ -23,11 +23,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from nascompile import plugins, records
+from nascompile import latency_table, plugins, records
 from nascompile.backends import Backend, CrossCompiler, Runner
 from nascompile.errors import DataError, RecordError, UnsupportedError
 from nascompile.families import InputSpec
-from nascompile.records import Candidate, EngineManifest, Interval, OperatorGraph, SearchSpace, Target, Variant
+from nascompile.latency_table import FOREIGN
+from nascompile.records import Candidate, Differences, EngineManifest, Interval, OperatorGraph, SearchSpace, Target, Variant
 
 if TYPE_CHECKING:
     from nascompile.preprocess import Preprocessor
@@ -66,6 +67,7 @@ class Parts:
     graph: OperatorGraph | None = None
     predicted: Interval | None = None
     table_digest: str = ""
+    foreign: Differences = ()
     weights_digest: str = ""
     versions: tuple[tuple[str, Any], ...] = ()
     build_seconds: float = 0.0
@@ -124,8 +126,9 @@ def _fill(work: Path, parts: Parts, backend: Backend) -> EngineManifest:
         inputs=tuple((spec.name, spec.dtype, spec.shape) for spec in parts.inputs),
         candidate=parts.candidate, space=parts.space, graph=parts.graph, predicted=parts.predicted,
         precision_counts=tuple(sorted(Counter(node.operator.precision.name for node in blocks).items())),
-        table_digest=parts.table_digest, weights_digest=parts.weights_digest, versions=parts.versions, tolerance=parts.tolerance,
-        size_bytes=sum((work / name).stat().st_size for name in graphs), parameters=sum(node.parameters for node in blocks),
+        table_digest=parts.table_digest, foreign=parts.foreign, weights_digest=parts.weights_digest, versions=parts.versions,
+        tolerance=parts.tolerance, parameters=sum(node.parameters for node in blocks),
+        size_bytes=sum((work / name).stat().st_size for name in graphs),
         build_seconds=parts.build_seconds, executed=parts.executed, remarks=parts.remarks, variants=parts.variants,
     )  # fmt: skip
     records.save(manifest, work / MANIFEST)
@@ -210,6 +213,8 @@ def verify(folder: Path) -> tuple[Check, ...]:
         raise RecordError(f"engine {manifest.name} is not as it was built: {folder}", detail="\n".join(faults), hint="build it again")
     inputs, expected = read_sample(folder)
     backend = plugins.get("backends", manifest.target.backend)
+    if manifest.foreign:
+        checks.append(Check("prediction", f"of {FOREIGN}: {'; '.join(latency_table.difference_lines(manifest.foreign))}"))
     unrun = not manifest.executed and isinstance(backend, CrossCompiler)
     if unrun and (reason := backend.unrunnable(manifest.target)):
         return (*checks, Check("sample", f"NOT RUN, neither here nor where it was built: {reason}"))

@@ -16,6 +16,8 @@ from nascompile.records import Environment, Interval, LatencyTable, Operator, Op
 LEVEL = 0.9
 FLOOR = 0.01
 """No interval is narrower than ± this fraction: the same engine timed twice differs by that much."""
+FOREIGN = "a latency table of another environment"
+"""How a result says whose predictions it rests on."""
 _T95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
 """95 % points of Student's t for 1 to 10 degrees of freedom."""
 
@@ -109,6 +111,11 @@ def differences(a: Environment, b: Environment) -> tuple[tuple[str, Any, Any], .
     return tuple((name, left.get(name), right.get(name)) for name in {**left, **right} if left.get(name) != right.get(name))
 
 
+def difference_lines(found: tuple[tuple[str, Any, Any], ...]) -> list[str]:
+    """A line per field that is not what it was where the table was made."""
+    return [f"{name}: table has {there}, here it is {here}" for name, there, here in found]
+
+
 def check_environment(table: LatencyTable, environment: Environment, allow_foreign: bool = False) -> None:
     """TableError listing every field that must match and does not, unless foreign tables are allowed."""
     differ = differences(table.environment, environment)
@@ -116,7 +123,7 @@ def check_environment(table: LatencyTable, environment: Environment, allow_forei
         raise TableError(
             f"the latency table was made elsewhere: it belongs to {table.target.device} with other "
             + ", ".join(name for name, _, _ in differ),
-            detail="\n".join(f"{name}: table has {there}, here it is {here}" for name, there, here in differ),
+            detail="\n".join(difference_lines(differ)),
             hint=f"`nascompile profile --device {table.target.device} --backend {table.target.backend}` makes one for this environment",
         )
 
@@ -189,7 +196,11 @@ def merge(a: LatencyTable, b: LatencyTable) -> LatencyTable:
     if a.target != b.target:
         message = f"tables of two targets cannot be merged: {a.target.id} and {b.target.id}"
         raise TableError(message, detail=_target_differences(a.target, b.target), hint="`nascompile table diff` compares them")
-    check_environment(b, a.environment)
+    if differ := differences(a.environment, b.environment):
+        raise TableError(
+            "tables of two environments cannot be merged: they have other " + ", ".join(name for name, _, _ in differ),
+            detail="\n".join(f"{name}: {x} and {y}" for name, x, y in differ), hint="`nascompile table diff` compares them",
+        )  # fmt: skip
     rows: dict[Operator, TableRow] = {}
     for table in (a, b):
         for row in table.rows:

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -50,11 +50,14 @@ from nascompile.quantization import ActivationRanges
 from nascompile.records import (
     Candidate,
     Choice,
+    Differences,
     EngineManifest,
     Evaluation,
+    ForeignUse,
     Front,
     LatencyTable,
     Measurement,
+    Operator,
     Record,
     Score,
     SearchSpace,
@@ -81,6 +84,8 @@ DECIDING = ("budgets", "finetune", "search", "measure")
 """Settings that lead to a choice: fixed once test has been read for one."""
 TEACHER_SHARE, FINETUNE_SHARE, SEARCH_SHARE = 0.25, 0.55, 0.8
 """Parts of `minutes` after which the teacher, the super-network and the search come to an end."""
+FOREIGN = "foreign.json"
+"""What is foreign about `table.json`; not there where nothing is."""
 
 
 class Method(Record, frozen=True):
@@ -287,6 +292,12 @@ class Context:
     def table(self) -> LatencyTable:
         return load(self.out / "table.json", LatencyTable)
 
+    @cached_property
+    def foreign(self) -> Differences:
+        """What differs where the table is of another environment; every result says so."""
+        path = self.out / FOREIGN
+        return load(path, ForeignUse).differences if path.is_file() else ()
+
     def space_of(self, config: Any, order: tuple[int, ...]) -> SearchSpace:
         """The search space with its layers in a given order of importance."""
         return network.search_space(
@@ -329,7 +340,7 @@ class Context:
     @cached_property
     def pricing(self) -> Pricing:
         structure = lowering.export(self.family, self.config, self.out / "blueprints").stat().st_size
-        return Pricing(self.family, self.config, self.space, self.target, self.table, structure)
+        return Pricing(self.family, self.config, self.space, self.target, self.table, structure, self.foreign)
 
     @cached_property
     def parts(self) -> build.Parts:
@@ -337,7 +348,7 @@ class Context:
             space=self.space, target=self.target, backend=self.backend, blueprints=self.out / "blueprints",
             preprocessor=Preprocessor.from_folder(self.out / "data" / "preprocessor"), hf_config=_shareable(self.config),
             labels=self.manifest.label_names, task=self.recipe.task, sample=self.split("calibration", "reference sample"),
-            table_digest=digest(self.table),
+            table_digest=digest(self.table), foreign=self.foreign,
         )  # fmt: skip
 
     def deadline(self, share: float) -> float:
@@ -391,6 +402,9 @@ class Context:
             self.progress.note(f"using the latency table {found.path}")
             table = found.table
         else:
+            if found:
+                self._check_pace(found, operators, space)
+                self.progress.note(f"adding {len(found.missing)} of {len(operators)} operators to the rows of {found.path}")
             table = profiler.profile(
                 self.family, self.config, space, self.target, self.backend, self.device, work, self.recipe.seed, self.progress,
                 seconds=self.recipe.profile_seconds, existing=found.table if found else None,
@@ -398,7 +412,22 @@ class Context:
             self.progress.note(f"new latency table: {latency_table.store(table, explicit)}")
         save(table, self.out / "table.json")
         self.progress.note(f"{len(table.rows)} operators, 90 % interval ±{100 * table.relative_error:.1f} %")
-        return [self.out / "table.json"]
+        return [self.out / "table.json", *self._note_foreign(table, foreign)]
+
+    def _check_pace(self, found: latency_table.Found, operators: Sequence[Operator], space: SearchSpace) -> None:
+        """TableError if rows that are timed now would not fit to those of the table; nothing where no layer of this space is among them."""
+        layers = {segment.kind for segment in self.family.segments(self.config) if segment.layer is not None}
+        if any(operator.kind in layers for operator in operators if operator not in found.missing):
+            work, seed = self.out / "profiling", self.recipe.seed
+            profiler.canary(found.table, self.family, self.config, space, self.backend, self.device, work, seed)
+
+    def _note_foreign(self, table: LatencyTable, foreign: Differences) -> list[Path]:
+        """Keeps what is foreign about the run's table, where something is."""
+        path = self.out / FOREIGN
+        path.unlink(missing_ok=True)
+        if foreign:
+            save(ForeignUse(table_digest=digest(table), differences=foreign), path)
+        return [path] if foreign else []
 
     def training_plan(self) -> finetune.Plan:
         """What the fine-tuning stage works with, in every process."""
@@ -516,15 +545,17 @@ class Context:
         return variants.Contender(target, backend, lambda: build.lower(other, source, moved, ranges))
 
     def _built(self, folder: Path, source: str, point: Any) -> bool:
-        return self.is_built(folder, self.space, point, self.sources[source].evaluator.weights_digest, digest(self.table))
+        return self.is_built(folder, self.space, point, self.sources[source].evaluator.weights_digest, digest(self.table), self.foreign)
 
-    def is_built(self, folder: Path, space: SearchSpace, point: Candidate, weights_digest: str, table_digest: str) -> bool:
+    def is_built(
+        self, folder: Path, space: SearchSpace, point: Candidate, weights_digest: str, table_digest: str, foreign: Differences = ()
+    ) -> bool:
         """Whether a folder holds the candidate's engine, made from these weights and compared as the recipe asks for."""
         if not (folder / "manifest.json").is_file():
             return False
         m = load(folder / "manifest.json", EngineManifest)
-        same = (network.moved(space, point, m.target)[1], weights_digest, table_digest)
-        return (m.candidate, m.weights_digest, m.table_digest) == same and self._compared(m)
+        same = (network.moved(space, point, m.target)[1], weights_digest, table_digest, foreign)
+        return (m.candidate, m.weights_digest, m.table_digest, m.foreign) == same and self._compared(m)
 
     def _compared(self, m: EngineManifest) -> bool:
         """Whether an engine's target is the run's own or was found as the recipe asks for."""
@@ -646,6 +677,19 @@ def check_passes(engine: Path, progress: Progress | None = None) -> tuple[PassCh
         return build.check_passes(context.parts, source, manifest.candidate, engine.with_name(f"{engine.name}.graphs"))
 
 
+def canary(table: LatencyTable, model: str = "", run: Path | None = None) -> float:
+    """Median of now / table over a few operators of a model, or of a run's; TableError if this machine is not as fast as it was.
+
+    Nothing is written into the run folder.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        recipe = load(run / "recipe.json", Recipe) if run else Recipe(model=model)
+        context = Context(msgspec.structs.replace(recipe, device=table.target.device), run or Path(scratch), Silent(), Given())
+        context.target = table.target
+        space, work = context.space_of(context.config, ()), Path(scratch) / "canary"
+        return profiler.canary(table, context.family, context.config, space, context.backend, context.device, work, recipe.seed)
+
+
 def _build_elsewhere(context: Context, searched: Evaluation, folder: Path, precision: str) -> Path:
     """The engine of a candidate for the context's target, which is not the one it was searched for; nothing predicts its latency."""
     unrun = _unrun(context.target, context.backend)
@@ -667,7 +711,7 @@ def _build_elsewhere(context: Context, searched: Evaluation, folder: Path, preci
         if (m.versions, m.executed) == (versions, not unrun):
             return folder
     remarks = (f"built, not run: {unrun}", context.backend.unrun_remark) if unrun else ()
-    parts = replace(context.parts, table_digest="", unrun=remarks)
+    parts = replace(context.parts, table_digest="", foreign=(), unrun=remarks)
     context.make(parts, build.Source(evaluator.net, evaluator), point, folder.name, "candidate", None, folder)
     for remark in remarks:
         context.progress.note(remark)

@@ -167,6 +167,8 @@ def profile(
     known = {row.operator: row for row in (*_rows_of(existing), *journal.read(part, TableRow))}
     count = len([o for o in wanted if o not in known])
     share = seconds / max(1e-9, ROW_SECONDS * count + NETWORK_SECONDS * networks) if seconds else 1.0
+    timing = share * (ROW_SECONDS * count + NETWORK_SECONDS * networks)
+    progress.note(f"{count} of {len(wanted)} operators to time, then {networks} whole networks: {timing:.0f} s of timing, and building")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         references = _time_rows(bench, device, wanted, known, part, Path(scratch), ROW_SECONDS * share, progress)
         rows = tuple(known[o] for o in dict.fromkeys((*(r.operator for r in _rows_of(existing) if r.operator != CALL), *wanted)))
@@ -222,9 +224,12 @@ def _time_rows(
         _record(TableRow(operator=CALL, latency=_time_call(bench, device, wanted, scratch, seconds)), known, part)
     references: list[float] = []
     label, done = "timing operators", 0
-    progress.step(label, done, len(lacking))
     for batch in _batches(bench, lacking):
-        jobs = [bench.operator(o, bench.copies(o), scratch) for o in batch]
+        jobs = []
+        for number, operator in enumerate(batch, done):
+            progress.step("building operators", number, len(lacking))
+            jobs.append(bench.operator(operator, bench.copies(operator), scratch))
+        progress.step(label, done, len(lacking))
         found = device.time([device.reference(), *jobs], seconds=seconds * len(batch), seed=bench.seed)
         references.append(found[0].value)
         # windows are brought to the speed of the first: within one they already share the machine's state
@@ -301,11 +306,13 @@ def _validate(
 ) -> tuple[LatencyTable, float]:
     """The table with scale, interval and residuals; and the reference kernel's time beside the networks."""
     picked = pick(bench, table, count)
-    label = "timing whole networks"
     jobs = []
     for done, candidate in enumerate(picked):
-        progress.step(label, done, len(picked))
+        progress.step("building whole networks", done, len(picked))
         jobs.append(bench.network(candidate, scratch))
+    label = "timing whole networks"
+    progress.note(f"timing {len(picked)} whole networks side by side for about {seconds * len(picked):.0f} s")
+    progress.step(label, 0, len(picked))
     reference, *first = device.time([device.reference(), *jobs], seconds=seconds * len(picked), seed=bench.seed)
     found = _quieter(device, jobs, first, seconds, bench.seed)
     progress.step(label, len(picked), len(picked))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import IO, Protocol
 
 
@@ -28,28 +29,53 @@ class Silent:
     def note(self, text: str) -> None: ...
 
 
+class Pace:
+    """How long steps still take, from the time they took so far; steps of several labels may take turns."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._starts: dict[str, tuple[float, int]] = {}
+
+    def left(self, label: str, done: int, total: int) -> float | None:
+        """Seconds; None while no unit has been finished since the step was first heard of."""
+        now = self._clock()
+        began, first = self._starts.setdefault(label, (now, done))
+        if done < first:  # it began again
+            began, first = self._starts[label] = (now, done)
+        return (now - began) / (done - first) * (total - done) if done > first else None
+
+    def restart(self) -> None:
+        """A new stage: nothing is known of its steps."""
+        self._starts.clear()
+
+
 class Lines:
     """Plain lines on a stream, at most one every `every` seconds a step; for logs, pipes and terminals alike."""
 
     def __init__(self, every: float = 2.0, stream: IO[str] | None = None) -> None:
         self.every, self.stream = every, stream or sys.stderr
-        self.label, self.began, self.last, self.first = "", 0.0, 0.0, 0
+        self.label, self.last, self.pace = "", 0.0, Pace()
 
     def stage(self, name: str, number: int, total: int) -> None:
         print(f"[{number}/{total}] {name}", file=self.stream, flush=True)
         self.label = ""
+        self.pace.restart()
 
     def step(self, label: str, done: int, total: int) -> None:
-        now = time.monotonic()
+        now, left = time.monotonic(), self.pace.left(label, done, total)
         if label != self.label:
-            self.label, self.began, self.last, self.first = label, now, now, done - 1
+            self.label, self.last = label, now
         if now - self.last >= self.every:
             self.last = now
-            left = (now - self.began) / max(1, done - self.first) * (total - done)
-            print(f"      {label}: {done}/{total}, {_duration(left)} left", file=self.stream, flush=True)
+            print(f"      {label}: {done}/{total}{time_left(left)}", file=self.stream, flush=True)
 
     def note(self, text: str) -> None:
         print(f"      {text}", file=self.stream, flush=True)
+
+
+def time_left(seconds: float | None) -> str:
+    """`, 3 min 05 s left`; nothing while it is not known."""
+    return "" if seconds is None else f", {_duration(seconds)} left"
 
 
 def _duration(seconds: float) -> str:

@@ -19,6 +19,8 @@ from nascompile.errors import RecordError
 
 R = TypeVar("R", bound="Record")
 Pairs = tuple[tuple[str, Any], ...]
+Differences = tuple[tuple[str, Any, Any], ...]
+"""(field of the environment, its value where a latency table was made, its value where the table was used)."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -339,6 +341,13 @@ class LatencyTable(Record, frozen=True):
     seconds: float = 0.0
 
 
+class ForeignUse(Record, frozen=True):
+    """A run predicts by a table that was made in another environment; stored beside the table, absent where there is no such thing."""
+
+    table_digest: str
+    differences: Differences
+
+
 # ---------------------------------------------------------------------------------------------- results
 
 
@@ -352,6 +361,8 @@ class Evaluation(Record, frozen=True):
     parameters: int
     macs: int
     seconds: float = 0.0
+    foreign: Differences = ()
+    """What differs where `latency` was predicted by a table of another environment."""
 
 
 class Front(Record, frozen=True):
@@ -368,6 +379,8 @@ class Front(Record, frozen=True):
     seconds: float
     hypervolume: tuple[tuple[int, float], ...] = ()
     """(candidates scored, hypervolume) as the search went on."""
+    foreign: Differences = ()
+    """What differs where the latencies that decided were predicted by a table of another environment."""
 
 
 class Variant(Record, frozen=True):
@@ -409,6 +422,8 @@ class EngineManifest(Record, frozen=True):
     precision_counts: tuple[tuple[str, int], ...] = ()
     predicted: Interval | None = None
     table_digest: str = ""
+    foreign: Differences = ()
+    """What differs where that table is of another environment than the one it was used in."""
     weights_digest: str = ""
     versions: Pairs = ()
     tolerance: float = 1e-3
@@ -446,6 +461,8 @@ class Correction(Record, frozen=True):
     """(engine, predicted ms, measured ms)."""
     factor: float
     spread: float
+    foreign: Differences = ()
+    """What differs where the predictions are a table's of another environment."""
 
 
 class Choice(Record, frozen=True):
@@ -457,6 +474,9 @@ class Choice(Record, frozen=True):
     ranking: tuple[str, ...]
     """Engines, best first."""
     rejected: tuple[tuple[str, str], ...] = ()
+    foreign: Differences | msgspec.UnsetType = msgspec.UNSET
+    """What differs where the engines were found by a table of another environment; not written otherwise, so that the digests under
+    which test was read stay what they were."""
 
 
 class Difference(Record, frozen=True):

@@ -3,6 +3,7 @@
 Keys of `report.json`; a section whose records are not there has their names in its `missing` list:
   summary       what `nascompile run --json` prints
   headline      chosen engine, throughput ratio, accuracy change with its interval, size ratio, file, reason, budgets
+  foreign       where predictions are a latency table's of another environment: what differs, there and here; else empty
   engines       one entry per engine folder: predicted, measured, throughput, size, validation and test scores
   front         non-dominated and scored candidates with predicted latency and emulated validation score
   prediction    predicted against measured latency: engines of this run, validation networks of the table
@@ -32,14 +33,16 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from nascompile import journal, variants
+from nascompile import journal, latency_table, variants
 from nascompile.errors import RecordError
 from nascompile.records import (
     Candidate,
     Choice,
     Correction,
+    Differences,
     EngineManifest,
     Evaluation,
+    ForeignUse,
     Front,
     LatencyTable,
     Measurement,
@@ -95,7 +98,7 @@ def closing_table(run: Path) -> Table:
 
     records = read(run)
     engines = _engines(records)
-    table = Table(title=f"{run.name}: engines, relative to the baseline", title_justify="left")
+    table = Table(title=f"{run.name}: engines, relative to the baseline", title_justify="left", caption=_caption(records.foreign))
     table.add_column("engine")
     for name in ("predicted ms", f"{_observed(records)} p50 ms", "samples/s", "speed-up", "size MB", "validation", "test"):
         table.add_column(name, justify="right")
@@ -105,6 +108,13 @@ def closing_table(run: Path) -> Table:
             number(e["size_bytes"] / 1e6), _score(e["validation"]), _score(e["test"]), style="bold" if e["chosen"] else "",
         )  # fmt: skip
     return table
+
+
+def _caption(foreign: Differences) -> str | None:
+    """What a reader of predictions in a terminal must know of the table."""
+    if not foreign:
+        return None
+    return f"predicted by {latency_table.FOREIGN}: " + "; ".join(latency_table.difference_lines(foreign))
 
 
 def variant_lines(run: Path) -> list[str]:
@@ -124,6 +134,7 @@ def gather(run: Path) -> Json:
         "statistic": next((e["measured"]["statistic"] for e in engines if e["measured"]), ""),
         "subject": {key: records.recipe.get(key) for key in ("model", "task", "metric", "device") if records.recipe.get(key)},
         "headline": _headline(records, engines),
+        "foreign": _foreign(records.foreign),
         "engines": engines,
         "front": _front(records),
         "prediction": _prediction(records, engines),
@@ -150,6 +161,8 @@ class RunRecords:
     data: Json
     agreement: Json
     table: LatencyTable | None
+    foreign: Differences
+    """What differs where predictions are those of a table of another environment."""
     front: Front | None
     correction: Correction | None
     choice: Choice | None
@@ -171,12 +184,14 @@ def read(run: Path) -> RunRecords:
     if not run.is_dir():
         raise RecordError(f"no such run folder: {run}", hint="`nascompile run --out FOLDER` makes one")
     front = _optional(run / "front.json", Front)
+    use = _optional(run / "foreign.json", ForeignUse)
     return RunRecords(
         folder=run,
         recipe=_plain(run / "recipe.json"),
         data=_plain(run / "data" / "data.json"),
         agreement=_plain(run / "agreement.json"),
         table=_optional(run / "table.json", LatencyTable),
+        foreign=use.differences if use else front.foreign if front else (),
         front=front,
         correction=_optional(run / "correction.json", Correction),
         choice=_optional(run / "choice.json", Choice),
@@ -222,6 +237,10 @@ def _absent(*names: str) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------- sections
+
+
+def _foreign(found: Differences) -> list[Json]:
+    return [{"field": name, "table": there, "here": here} for name, there, here in found]
 
 
 def _name(records: RunRecords) -> str:
@@ -365,7 +384,7 @@ def _summary(records: RunRecords, engines: list[Json]) -> Json:
     return {
         "tasks": [task], "environment": environment["must_match"] | environment["recorded"], "run": str(records.folder),
         "engine": chosen["folder"] if chosen else None,
-    }  # fmt: skip
+    } | ({"foreign": _foreign(records.foreign)} if records.foreign else {})  # fmt: skip
 
 
 def _headline(records: RunRecords, engines: list[Json]) -> Json:
@@ -562,8 +581,11 @@ def _environment(records: RunRecords) -> Json:
     engine = records.engine("chosen") or records.engine("baseline")
     target = engine.target if engine else records.table.target if records.table else None
     shown = _flat(msgspec.to_builtins(target) | {"session": dict(target.session)}) if target else {}
+    must_match = dict(found[0].must_match)
+    if found[0] is (records.table and records.table.environment):  # nothing was measured yet, and the table may be from elsewhere
+        must_match = {k: v for k, v in (must_match | {name: here for name, _, here in records.foreign}).items() if v is not None}
     return {
-        "missing": [], "must_match": dict(found[0].must_match), "recorded": dict(found[0].recorded),
+        "missing": [], "must_match": must_match, "recorded": dict(found[0].recorded),
         "target": {k: v for k, v in shown.items() if v not in (0, (0, 0))}, "versions": dict(engine.versions) if engine else {},
     }  # fmt: skip
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from nascompile.errors import BudgetError
@@ -14,6 +15,7 @@ from nascompile.records import (
     Choice,
     Correction,
     Difference,
+    Differences,
     EngineManifest,
     Evaluation,
     Front,
@@ -53,7 +55,7 @@ def correct(manifests: Mapping[str, EngineManifest], measured: Sequence[Measurem
         rows += [(m.engine, predicted.value, latency.value) for predicted, latency in pairs if predicted and latency][:1]
     ratios = [b / a for _, a, b in rows] or [1.0]  # nothing that was predicted could run
     return Correction(
-        table_digest=table_digest, residuals=tuple(rows), factor=float(np.median(ratios)),
+        table_digest=table_digest, foreign=_foreign(manifests), residuals=tuple(rows), factor=float(np.median(ratios)),
         spread=float(np.max(np.abs(np.array(ratios) / np.median(ratios) - 1))),
     )  # fmt: skip
 
@@ -94,7 +96,13 @@ def choose(
         reason=f"{aim} among the engines that meet every budget on validation{spare}: "
         f"{best.latency.quantile(0.5):.3g} ms, drop {lost:.2f} ± {error:.2f} points",
         budgets=budgets, ranking=tuple(m.engine for m in ranked), rejected=tuple(sorted(rejected.items())),
+        foreign=_foreign(manifests) or msgspec.UNSET,
     )  # fmt: skip
+
+
+def _foreign(manifests: Mapping[str, EngineManifest]) -> Differences:
+    """What differs where the engines were found by a table of another environment; all of a run by the same."""
+    return next((m.foreign for m in manifests.values() if m.foreign), ())
 
 
 def examine(choice: Choice, engines: Path, open_test: Callable[[], Any], task: Any, metric: str, folder: Path, seed: int) -> TestResult:

@@ -15,7 +15,7 @@ from nascompile.accuracy import Evaluator, ladder
 from nascompile.errors import BudgetError
 from nascompile.families import Family
 from nascompile.progress import Progress
-from nascompile.records import Budget, Candidate, Evaluation, Front, LatencyTable, Score, SearchSpace, Target
+from nascompile.records import Budget, Candidate, Differences, Evaluation, Front, LatencyTable, Score, SearchSpace, Target
 from nascompile.scoring import drop, gain
 from nascompile.settings import SearchSettings
 
@@ -36,6 +36,8 @@ class Pricing:
     table: LatencyTable
     structure_bytes: int = 0
     """What a graph file holds besides weights, about."""
+    foreign: Differences = ()
+    """What differs where the table is of another environment."""
 
     def __call__(self, point: Candidate) -> tuple[dict[str, float], Any, int, int, int]:
         """({metric: value}, latency interval, size in bytes, parameters, MACs)."""
@@ -69,7 +71,7 @@ def search(
                 if nearest is None or over < nearest[0]:
                     nearest = (over, point, costs)
             elif point not in scored and len(scored) < settings.evaluations and not (scored and time.monotonic() > deadline):
-                scored[point] = _evaluate(point, rest, evaluator, known, path)
+                scored[point] = _evaluate(point, rest, evaluator, known, path, pricing.foreign)
                 progress.step("candidates scored", len(scored), settings.evaluations)
             rows.append(_objectives(costs, scored[point].score if point in scored else None, settings.objectives))
             violations.append(over if over > 0 else _drop_violation(scored.get(point), baseline, budgets))
@@ -84,10 +86,13 @@ def search(
     return Front(
         space=space, target=pricing.target, objectives=settings.objectives, budgets=budgets, evaluations=tuple(chosen),
         searcher=settings.searcher, seed=seed, scored=len(evaluations), seconds=time.monotonic() - began, hypervolume=_trace(matrix),
+        foreign=pricing.foreign,
     )  # fmt: skip
 
 
-def _evaluate(point: Candidate, costs: list[Any], evaluator: Evaluator, known: Mapping[Any, Evaluation], path: Path) -> Evaluation:
+def _evaluate(
+    point: Candidate, costs: list[Any], evaluator: Evaluator, known: Mapping[Any, Evaluation], path: Path, foreign: Differences
+) -> Evaluation:
     """From the journal if this candidate was ever scored by the same evaluator on the same weights and data, else scored now."""
     key = (point, evaluator.digest, evaluator.split_digest, evaluator.weights_digest)
     latency, size, parameters, macs = costs
@@ -95,8 +100,9 @@ def _evaluate(point: Candidate, costs: list[Any], evaluator: Evaluator, known: M
     score = known[key].score if key in known else evaluator.score(point)
     seconds = known[key].seconds if key in known else time.monotonic() - began
     evaluation = Evaluation(
-        candidate=point, score=score, latency=latency, size_bytes=size, parameters=parameters, macs=macs, seconds=seconds
-    )
+        candidate=point, score=score, latency=latency, size_bytes=size, parameters=parameters, macs=macs, seconds=seconds,
+        foreign=foreign,
+    )  # fmt: skip
     if key not in known:
         journal.append(path, evaluation)
     return evaluation

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -20,8 +21,8 @@ from typer.testing import CliRunner
 
 from nascompile import cli, engine, pipeline, records, settings
 from nascompile.errors import BudgetError
-from nascompile.progress import Lines, Progress
-from nascompile.records import INT8, Environment, LatencyTable, Operator, Quantity, TableRow, Target, Workload
+from nascompile.progress import Lines, Pace, Progress, time_left
+from nascompile.records import INT8, Candidate, Environment, LatencyTable, Operator, Quantity, Residual, TableRow, Target, Workload
 from nascompile.settings import Budgets, Recipe
 from nascompile.terminal import Bars
 
@@ -248,30 +249,52 @@ def tables(tmp_path):
     target = Target(device="fake", backend="fake", workload=Workload())
     environment = targets.device("fake").environment(target, plugins.get("backends", "fake").versions())
     one, two, three = (Operator(kind="mlp", dims=(("batch", 1), ("width", w)), precision=INT8) for w in (8, 16, 24))
+    network = Candidate(space="", architecture=(), precision=())
     for name, rows in (("a", ((one, 1.0), (two, 2.0))), ("b", ((two, 3.0), (three, 4.0)))):
         table = LatencyTable(
-            target=target, environment=environment, rows=tuple(TableRow(operator=o, latency=quantity(ms)) for o, ms in rows), seconds=2.0
-        )
+            target=target, environment=environment, rows=tuple(TableRow(operator=o, latency=quantity(ms)) for o, ms in rows), seconds=2.0,
+            validation=(Residual(candidate=network, predicted_ms=3.0, measured=quantity(3.0)),), relative_error=0.05,
+        )  # fmt: skip
         records.save(table, tmp_path / f"{name}.json")
     return tmp_path
 
 
 def test_a_table_is_shown_and_exported(tables):
     shown = invoke("table", "show", "a.json").stdout
-    assert "mlp batch=1 width=16 [int8]" in shown
-    assert "2 rows" in shown
+    assert "2 rows, 0 of them noisy" in shown
+    assert "mlp: 2 rows, 0 noisy; batch=1" in shown
+    assert max(map(len, shown.splitlines())) <= 100
     assert len(json.loads(invoke("table", "show", "a.json", "--json").stdout)["rows"]) == 2
-    rows = list(csv.DictReader(io.StringIO(invoke("table", "export", "a.json").stdout)))
-    assert [(row["kind"], row["precision"], row["width"], float(row["ms"]), float(row["q50_ms"])) for row in rows] == [
+    exported = invoke("table", "export", "a.json").stdout
+    assert invoke("table", "show", "a.json", "--csv").stdout == exported
+    rows = list(csv.DictReader(io.StringIO(exported)))
+    assert [(row["kind"], row["precision"], row["dim.width"], float(row["ms"]), float(row["p50_ms"])) for row in rows] == [
         ("mlp", "int8", "8", 1.0, 1.02), ("mlp", "int8", "16", 2.0, 2.04),
     ]  # fmt: skip
     assert json.loads(invoke("table", "export", "a.json", "--json").stdout)[1]["ms"] == 2.0
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "json"])
+def test_a_table_is_exported_to_a_file(tables, suffix):
+    assert invoke("table", "export", "a.json", "--out", f"new/rows.{suffix}").stdout == f"new/rows.{suffix}\n"
+    assert (tables / "new" / f"rows.{suffix}").stat().st_size > 100
+    done = invoke("table", "export", "a.json", "--out", "rows.xlsx")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert ".csv, .parquet, .json" in done.stderr
+
+
 def test_tables_are_compared(tables):
     rows = json.loads(invoke("table", "diff", "a.json", "b.json", "--json").stdout)["rows"]
-    assert [(row["a_ms"], row["b_ms"], row["ratio"]) for row in rows] == [(1.0, None, None), (2.0, 3.0, 1.5), (None, 4.0, None)]
+    assert [(row["a_ms"], row["b_ms"], row["ratio"]) for row in rows] == [(2.0, 3.0, 1.5), (1.0, None, None), (None, 4.0, None)]
     assert "1.500" in invoke("table", "diff", "a.json", "b.json").stdout
+    listed = list(csv.DictReader(io.StringIO(invoke("table", "diff", "a.json", "b.json", "--csv").stdout)))
+    assert [row["ratio"] for row in listed] == ["1.5", "", ""]
+    done = invoke("table", "diff", "a.json", "b.json", "--plot", "d.html")
+    assert (done.exit_code, done.stderr) == (0, "chart: d.html\n")
+    assert (tables / "d.html").is_file()
+    refused = invoke("table", "diff", "a.json", "b.json", "--plot", "d.svg")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "kaleido" in refused.stderr
 
 
 def test_tables_are_merged_into_a_new_one(tables):
@@ -284,12 +307,29 @@ def test_tables_are_merged_into_a_new_one(tables):
 
 def test_a_table_is_valid_only_where_it_was_made(tables):
     assert json.loads(invoke("table", "validate", "a.json", "--json").stdout)["valid"] is True
+    assert "sound, and of this environment" in invoke("table", "validate", "a.json").stdout
     table = records.load(tables / "a.json", LatencyTable)
     foreign = Environment(must_match=tuple((name, "another" if name == "cpu" else value) for name, value in table.environment.must_match))
     records.save(msgspec.structs.replace(table, environment=foreign), tables / "a.json")
     done = invoke("table", "validate", "a.json")
     assert (done.exit_code, done.stdout) == (1, "")
     assert "cpu: table has another, here it is fake" in done.stderr
+
+
+def test_a_table_that_is_not_sound_is_not_valid(tables):
+    table = records.load(tables / "a.json", LatencyTable)
+    records.save(msgspec.structs.replace(table, rows=(*table.rows, table.rows[0]), relative_error=0.001), tables / "a.json")
+    done = invoke("table", "validate", "a.json", "--json")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "2 faults\n  2 rows of one operator: mlp batch=1 width=8 [int8]\n  its interval" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [("--canary",), ("--model", "toy"), ("--run", "x"), ("--canary", "--model", "toy", "--run", "x")])
+def test_a_canary_needs_one_model(tables, flags):
+    done = invoke("table", "validate", "a.json", *flags)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "--canary takes one of --model and --run" in done.stderr
+    assert "--canary --model ID|FOLDER" in done.stderr
 
 
 def test_a_file_that_is_no_table_is_an_error(tables):
@@ -321,6 +361,24 @@ def test_both_kinds_of_progress_say_the_same():
         assert "candidates [1]" in text
         assert "left" in text
     assert screen.getvalue().rindex("\x1b[?25h") > screen.getvalue().rindex("\x1b[?25l")  # the cursor is shown again
+
+
+def test_the_time_left_is_what_the_units_so_far_took():
+    clock = iter([0.0, 10.0, 30.0, 31.0, 40.0, 50.0, 60.0, 70.0])
+    pace = Pace(lambda: next(clock))
+    assert pace.left("rows", 0, 10) is None
+    assert pace.left("rows", 0, 10) is None, "nothing is finished"
+    assert pace.left("rows", 3, 10) == pytest.approx(70.0), "three in 30 s"
+    assert pace.left("networks", 2, 4) is None, "an earlier call did two"
+    assert pace.left("rows", 4, 10) == pytest.approx(60.0), "another step in between changes nothing"
+    assert pace.left("networks", 3, 4) == pytest.approx(19.0)
+    assert pace.left("rows", 0, 10) is None, "the same step begins again"
+    pace.restart()
+    assert pace.left("networks", 4, 4) is None
+
+
+def test_time_left_is_written_for_a_person():
+    assert [time_left(seconds) for seconds in (None, 4.4, 185.0)] == ["", ", 4 s left", ", 3 min 05 s left"]
 
 
 def test_both_kinds_of_progress_fit_the_contract():
@@ -461,6 +519,8 @@ def test_a_stage_prints_its_files(inside):
 
 def test_predictions_are_labels_alone(monkeypatch, tmp_path):
     class Loaded:
+        manifest = SimpleNamespace(foreign=())
+
         def predict(self, items):
             return [("", 0.25) if item == "number" else (item.upper(), 0.5) for item in items]
 

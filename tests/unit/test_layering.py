@@ -16,7 +16,10 @@ PACKAGE = Path(nascompile.__file__).parent
 ROWS: dict[str, tuple[str, ...]] = {
     "errors": ("errors",),
     "records": ("records",),
-    "plain": ("cuda_driver", "plugins", "space", "pareto", "latency_table", "journal", "progress", "places", "processes"),
+    "plain": (
+        "cuda_driver", "plugins", "space", "pareto", "latency_table", "table_check", "table_view", "journal", "progress", "places",
+        "processes",
+    ),
     "samples": ("preprocess", "data_sources", "data"),
     "plug-ins": plugins.FOLDERS,
     "shared": (
@@ -33,7 +36,7 @@ STANDALONE = ("run_template",)
 LIGHT = (
     "__init__", "errors", "records", "plugins", "space", "pareto", "network", "latency_table", "journal", "places", "settings", "data",
     "data_sources", "preprocess", "cli", "progress", "processes", "targets", "engine", "run_template",
-    "cuda_driver",
+    "cuda_driver", "table_check", "table_view",
 )  # fmt: skip
 HEAVY = {"torch", "transformers", "onnxruntime", "openvino", "tensorrt", "ray", "accelerate", "datasets"}
 

@@ -14,6 +14,7 @@ from nascompile import journal, latency_table, network, profiler
 from nascompile.devices import Job
 from nascompile.errors import TableError, UnsupportedError
 from nascompile.families import Group, Segment
+from nascompile.progress import Silent
 from nascompile.records import INT8, Environment, Operator, Quantity, TableRow, Target, Workload
 
 CALL_MS, HEAD_MS = 0.4, 0.05
@@ -226,6 +227,52 @@ def test_existing_rows_are_kept_and_only_missing_ones_timed(space, tmp_path):
     assert all(got[row.operator] == pytest.approx(2 * row.latency.value) for row in rows), "the old scale goes into the old rows"
     with pytest.raises(TableError, match="other cpu"):
         profile(space, tmp_path, Device(machine="B"), existing=full)
+
+
+def test_a_killed_extension_times_only_what_is_left(space, tmp_path, monkeypatch):
+    monkeypatch.setattr(profiler, "BATCH_ROWS", 2)
+    full = profile(space, tmp_path, Device())
+    few = msgspec.structs.replace(full, rows=full.rows[4:])
+    killed = Device()
+    killed.fail_after = 1  # of two batches of two
+    with pytest.raises(KeyboardInterrupt):
+        profile(space, tmp_path, killed, existing=few)
+    device, told = Device(), Told()
+    table = profile(space, tmp_path, device, existing=few, progress=told)
+    assert [len(window) - 1 for window in device.timed] == [2, profiler.NETWORKS]
+    assert told.notes[0].startswith("2 of 7 operators to time, then 10 whole networks: ")
+    assert values(table) == pytest.approx(values(full))
+
+
+class Told(Silent):
+    """What a person was told."""
+
+    def __init__(self):
+        self.steps, self.notes = [], []
+
+    def step(self, label, done, total):
+        self.steps.append((label, done, total))
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def test_every_step_of_a_profile_is_told_with_its_number(space, tmp_path, monkeypatch):
+    monkeypatch.setattr(profiler, "BATCH_ROWS", 3)
+    told = Told()
+    profile(space, tmp_path, Device(), networks=4, progress=told)
+    assert [step[1:] for step in told.steps if step[0] == "building operators"] == [(n, 7) for n in range(7)]
+    assert [step[1:] for step in told.steps if step[0] == "timing operators"] == [(n, 7) for n in (0, 3, 3, 6, 6, 7)]
+    assert [step[1:] for step in told.steps if step[0] == "building whole networks"] == [(n, 4) for n in range(4)]
+    assert [step[1:] for step in told.steps if step[0] == "timing whole networks"] == [(0, 4), (4, 4)]
+    whole = profiler.ROW_SECONDS * 7 + profiler.NETWORK_SECONDS * 4
+    assert told.notes == [
+        f"7 of 7 operators to time, then 4 whole networks: {whole:.0f} s of timing, and building",
+        f"timing 4 whole networks side by side for about {4 * profiler.NETWORK_SECONDS:.0f} s",
+    ]
+    told = Told()
+    profile(space, tmp_path, Device(), networks=4, progress=told, seconds=100.0)
+    assert "100 s of timing" in told.notes[0]
 
 
 def test_windows_are_brought_to_the_pace_of_the_first(space, tmp_path, monkeypatch):

@@ -79,7 +79,7 @@ def score_of(value: float, by: Formula | None = None) -> Score:
 
 
 class Prices:
-    space, target = SPACE, TARGET
+    space, target, foreign = SPACE, TARGET, (("cpu", "A", "B"),)
 
     def __call__(self, point):
         ms = latency(point)
@@ -280,3 +280,9 @@ def test_a_damaged_journal_line_is_an_error_not_a_repeat(tmp_path):
     path.write_bytes(b"\n".join(lines))
     with pytest.raises(RecordError, match="line 4"):
         run(tmp_path)
+
+
+def test_what_is_foreign_about_the_prices_goes_into_every_evaluation(tmp_path):
+    front = run(tmp_path)
+    assert {e.foreign for e in (*front.evaluations, *journal.read(tmp_path / "journal.jsonl", Evaluation))} == {Prices.foreign}
+    assert front.foreign == Prices.foreign

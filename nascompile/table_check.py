@@ -1,0 +1,107 @@
+"""Whether a latency table is sound: what no profile writes, but an edited, merged or foreign file may hold."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from nascompile import latency_table
+from nascompile.errors import TableError
+from nascompile.records import LatencyTable, Quantity, Residual
+
+CLOSE = 1e-6
+"""Relative difference that is rounding."""
+
+
+def check(table: LatencyTable) -> None:
+    """TableError naming every fault of the table."""
+    if found := faults(table):
+        raise TableError(
+            f"the latency table is not sound: {len(found)} {'fault' if len(found) == 1 else 'faults'}", detail="\n".join(found),
+            hint=f"make one with `nascompile profile --device {table.target.device} --backend {table.target.backend}`",
+        )  # fmt: skip
+
+
+def faults(table: LatencyTable) -> tuple[str, ...]:
+    """What is wrong, a line each; empty for a sound table."""
+    return (*_of_rows(table), *_of_numbers(table), *_of_networks(table), *_of_interval(table))
+
+
+def _of_rows(table: LatencyTable) -> Iterator[str]:
+    if not table.rows:
+        yield "no rows"
+    for operator, count in Counter(row.operator for row in table.rows).items():
+        if count > 1:
+            yield f"{count} rows of one operator: {operator.label}"
+    for row in table.rows:
+        yield from (f"{row.operator.label}: {fault}" for fault in _of_quantity(row.latency))
+    if table.call is not None:
+        yield from (f"call: {fault}" for fault in _of_quantity(table.call))
+
+
+def _of_quantity(q: Quantity) -> Iterator[str]:
+    """Faults of a latency. 0 ms is none: what a call costs is taken off, and of a small block nothing may be left."""
+    if q.unit != "ms":
+        yield f"its unit is {q.unit}, not ms"
+    if not math.isfinite(q.value) or q.value < 0:
+        yield f"not a latency: {q.value} ms"
+    if q.n < 1:
+        yield f"rests on {q.n} samples"
+    levels, values = [level for level, _ in q.quantiles], [value for _, value in q.quantiles]
+    if not all(0 < level < 1 for level in levels) or not _ascending(levels, strictly=True):
+        yield f"quantile levels are not ascending between 0 and 1: {_listed(levels)}"
+    if not all(map(math.isfinite, values)) or not _ascending(values):
+        yield f"quantiles are not ascending: {_listed(values)} ms"
+    elif values and not values[0] * (1 - CLOSE) <= q.value <= values[-1] * (1 + CLOSE):
+        yield f"{q.value:g} ms lies outside its quantiles, {values[0]:g} to {values[-1]:g} ms"
+
+
+def _of_numbers(table: LatencyTable) -> Iterator[str]:
+    if not math.isfinite(table.scale) or table.scale <= 0:
+        yield f"scale is {table.scale}"
+    for name in ("relative_error", "drift", "seconds"):
+        value = getattr(table, name)
+        if not math.isfinite(value) or value < 0:
+            yield f"{name} is {value}"
+
+
+def _of_networks(table: LatencyTable) -> Iterator[str]:
+    for part, residuals in (("calibration", table.calibration), ("validation", table.validation)):
+        for r in residuals:
+            if not math.isfinite(r.predicted_ms) or r.predicted_ms <= 0:
+                yield f"{part} network {r.candidate.id}: predicted {r.predicted_ms} ms"
+            if r.measured.value == 0:
+                yield f"{part} network {r.candidate.id}: took no time"
+            yield from (f"{part} network {r.candidate.id}: {fault}" for fault in _of_quantity(r.measured))
+    both = {r.candidate for r in table.calibration} & {r.candidate for r in table.validation}
+    # a space of one network has none to spare, and a scale of 1 is not fitted to it
+    if both and table.scale != 1.0:
+        yield f"{len(both)} networks fitted the scale and then gave the interval: {', '.join(sorted(c.id for c in both))}"
+
+
+def _of_interval(table: LatencyTable) -> Iterator[str]:
+    if not table.validation:
+        yield "its interval rests on nothing: no whole network was timed"
+        return
+    if any(r.predicted_ms <= 0 for r in table.validation):
+        return  # said before
+    implied = _narrowest(table.validation)
+    if table.relative_error < implied * (1 - CLOSE):
+        yield f"its interval, ±{table.relative_error:.2%}, is narrower than its validation networks allow: ±{implied:.2%}"
+
+
+def _narrowest(residuals: Sequence[Residual]) -> float:
+    """The narrowest interval that the networks give by all of them, or by the quietest few: disturbed ones may have been left out."""
+    quietest = sorted(residuals, key=lambda r: latency_table.noise(r.measured))
+    counts = {min(3, len(quietest)), *range(3, len(quietest) + 1)}
+    return min(latency_table.interval_half_width(quietest[:count]) for count in counts)
+
+
+def _ascending(values: Sequence[float], strictly: bool = False) -> bool:
+    return all(a < b if strictly else a <= b for a, b in itertools.pairwise(values))
+
+
+def _listed(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
