@@ -75,6 +75,8 @@ class There:
     latency_ms: float
     size_bytes: int
     score: Score
+    baseline: Score
+    """What the score is compared with: of the same samples, by the same means."""
 
 
 def choose(
@@ -91,7 +93,7 @@ def choose(
     for m in measured:
         others = there.get(m.engine, ())
         own = tuple(b for b in budgets if b.target not in {t.target for t in others})
-        faults = [_fault(m, manifests[m.engine], scores[m.engine], baseline, own), *(_fault_there(t, baseline, budgets) for t in others)]
+        faults = [_fault(m, manifests[m.engine], scores[m.engine], baseline, own), *(_fault_there(t, budgets) for t in others)]
         if fault := "; ".join(filter(None, faults)):
             rejected[m.engine] = fault
         else:
@@ -105,12 +107,12 @@ def choose(
         )
 
     def margin(m: Measurement) -> float:
-        everywhere = (scores[m.engine], *(t.score for t in there.get(m.engine, ())))
-        return min(_margin(baseline, score, budgets, safety) for score in everywhere)
+        everywhere = ((baseline, scores[m.engine]), *((t.baseline, t.score) for t in there.get(m.engine, ())))
+        return min(_margin(*pair, budgets, safety) for pair in everywhere)
 
     def place(m: Measurement) -> tuple[Any, ...]:
         others = there.get(m.engine, ())
-        accuracy = min(map(gain, (scores[m.engine], *(t.score for t in others))))
+        accuracy = min(gain(scores[m.engine]), *(gain(baseline) - drop(t.baseline, t.score)[0] for t in others), math.inf)
         latency = math.prod((m.latency.quantile(0.5), *(t.latency_ms for t in others)))
         return margin(m) < 0, *_order(budgets, accuracy, latency), m.engine
 
@@ -126,7 +128,7 @@ def choose(
         engine=best.engine,
         reason=f"{aim} among the engines that meet every budget on validation{spare}: "
         f"{best.latency.quantile(0.5):.3g} ms, drop {lost:.2f} ± {error:.2f} points"
-        + "".join(f"; on {t.label} {t.latency_ms:.3g} ms {t.kind}, drop {drop(baseline, t.score)[0]:.2f}" for t in others),
+        + "".join(f"; on {t.label} {t.latency_ms:.3g} ms {t.kind}, drop {drop(t.baseline, t.score)[0]:.2f}" for t in others),
         budgets=budgets, ranking=tuple(m.engine for m in ranked), rejected=tuple(sorted(rejected.items())),
     )  # fmt: skip
 
@@ -166,9 +168,9 @@ def _margin(baseline: Score, score: Score, budgets: tuple[Budget, ...], safety: 
     return bound - lost - safety * error
 
 
-def _fault_there(t: There, baseline: Score, budgets: tuple[Budget, ...]) -> str:
+def _fault_there(t: There, budgets: tuple[Budget, ...]) -> str:
     """Why a network breaks a budget of a further target; empty if it does not."""
-    actual = {"latency_ms": t.latency_ms, "size_mb": t.size_bytes / 1e6, "drop": drop(baseline, t.score)[0]}
+    actual = {"latency_ms": t.latency_ms, "size_mb": t.size_bytes / 1e6, "drop": drop(t.baseline, t.score)[0]}
     broken = [b for b in budgets if b.target in (t.target, "") and b.metric in actual and actual[b.metric] > b.bound]
     said = [f"{b.metric} {actual[b.metric]:.3g} > {b.bound:g}{f' ({t.kind})' if b.metric == 'latency_ms' else ''}" for b in broken]
     return f"on {t.label}: {', '.join(said)}" if said else ""

@@ -98,7 +98,8 @@ class Budgets(Record, frozen=True):
     """What the engine must meet; at least one. `max_drop` is in points of the metric, against the baseline on validation."""
 
     latency_ms: float | dict[str, float] | None = None
-    """Milliseconds per call on the (first) device; for several, a bound by device: `{cpu = 3.0, "pi4:onnxruntime" = 20.0}`."""
+    """Milliseconds per call on the (first) device; for several, a bound by device: `{cpu = 3.0, "pi4:onnxruntime" = 20.0}`, the
+    name "" being the first."""
     size_mb: float | None = None
     """Megabytes of the graph file; with several devices, of each one's."""
     macs_m: float | None = None
@@ -247,7 +248,7 @@ def check(recipe: Recipe) -> Recipe:
     rules += [(f"budgets.{n}", b, b is None or b > 0, "more than 0") for n, b in bounds.items() if n != "max_drop"]
     rules.append(("budgets.max_drop", bounds["max_drop"], (bounds["max_drop"] or 0) >= 0, "0 or more"))
     faults = [f"{name} = {value}: {need}" for name, value, fine, need in rules if not fine]
-    named = (*recipe.also, *(latencies if isinstance(latencies, Mapping) else ()))
+    named = (*recipe.also, *(filter(None, latencies) if isinstance(latencies, Mapping) else ()))
     faults += [f"{text!r} is no device: NAME[:BACKEND[:THREADS]]" for text in named if not targets.Named.is_one(text)]
     if "worst_ratio" in s.objectives and not latencies:
         faults.append("search.objectives = worst_ratio: needs a latency budget for every device, --latency-ms DEVICE=MS")

@@ -38,9 +38,8 @@ def on_target(space: SearchSpace, gene: Gene, target: int) -> Gene:
 
 def of_targets(space: SearchSpace, kept: Sequence[int]) -> SearchSpace:
     """The space of some of the targets (their numbers, ascending): what a search for those alone has, at the same widths."""
-    if not space.legal:
-        return space
-    legal = tuple(space.legal[t] for t in kept)
+    everything = (tuple(p.name for p in space.precisions),) * len(space.targets)
+    legal = tuple((space.legal or everything)[t] for t in kept)
     genes = []
     for gene in space.genes:
         choices = tuple(c for c in gene.choices if gene.kind == "architecture" or any(c in names for names in legal))

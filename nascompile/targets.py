@@ -40,6 +40,8 @@ class DeviceProfile(Record, frozen=True):
     compute_capability: str = ""
     """Of an NVIDIA GPU, such as 8.9; a session setting of what is built for it."""
     description: str = ""
+    session: dict[str, str] = msgspec.field(default_factory=dict)
+    """Session settings of what runs on it, over the backend's own: `allow_spinning = "0"`."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ def several(first: Target, also: Sequence[str], profiles: Path | None = None) ->
     """The targets of a run, the first one's workload for all; RecipeError for one that is named twice."""
     found = [first]
     for named in map(Named.parse, also):
+        if named.backend == AUTO:
+            raise RecipeError(f"variants are compared for one device, not for {named.device}", hint=f"name a backend of {named.device}")
         target = make(named.device, named.backend, first.workload, named.threads, profiles=profiles)
         if target in found:
             raise RecipeError(f"the same device twice: {label(target)}", hint="another backend or other threads: NAME:BACKEND:THREADS")
@@ -126,7 +130,7 @@ def make(
     if threads < 0:
         raise RecipeError(f"threads must be at least 1: {threads}", hint="leave it out for the device's default")
     own = {"compute_capability": profile.compute_capability} if profile.compute_capability else {}
-    settings = dict(plugins.get("backends", chosen).session()) | own | dict(session or {})
+    settings = dict(plugins.get("backends", chosen).session()) | own | profile.session | dict(session or {})
     ordered = tuple(sorted(settings.items()))
     return Target(device=device, backend=chosen, workload=workload, threads=threads or profile.threads, session=ordered)
 
