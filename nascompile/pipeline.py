@@ -538,7 +538,7 @@ class Context:
         return written
 
     def _jobs(self) -> list[tuple[str, str, str, Candidate]]:
-        """(name, role, weights, candidate) of every engine of the run, by target one each."""
+        """(name, role, weights, candidate) of every engine of the run, whatever the device."""
         front, reference = load(self.out / "front.json", Front), load(self.out / "baseline.json", Score)
         chosen = rerank.select(front, reference, self.recipe.measure.top_k, self.recipe.measure.safety)
         return [
@@ -753,8 +753,8 @@ def build_candidate(
             raise RecipeError(f"no such candidate: {number}", hint=f"the front of {out} has 1 to {len(front.evaluations)}")
         e = front.evaluations[number - 1]
         name = f"front-{number}"
-        if device and front.also and precision == network.AS_SEARCHED:
-            text = f"{device}:{backend}:{wanted.threads or ''}"
+        if (device or backend) and front.also and precision == network.AS_SEARCHED:
+            text = f"{device or recipe.device}:{backend}:{wanted.threads or ''}"
             if target := targets.find(text, (front.target, *front.also)):
                 return _build_searched(Context(recipe, out, progress or Silent(), Given()), e, target, number)
         if device or backend or precision != network.AS_SEARCHED:
@@ -773,12 +773,12 @@ def build_candidate(
 
 def _build_searched(context: Context, e: Evaluation, target: Target, number: int) -> Path:
     """The engine of a front's candidate for one of the devices it was searched for, with its own precisions there."""
-    if target == context.target:
+    if targets.label(target) == targets.label(context.target):
         folder = context.out / "engines" / f"front-{number}"
         if not context._built(folder, "supernet", e.candidate):
             context.make(context.parts, context.sources["supernet"], e.candidate, folder.name, "candidate", e.latency, folder)
         return folder
-    f = next(f for f in context.further if f.target == target)
+    f = next(f for f in context.further if f.label == targets.label(target))
     if f.absent:
         raise UnsupportedError(f"cannot build for `{f.label}`: {f.absent}", hint="build on that device, from a copy of the run folder")
     folder = context.out / "engines" / f"front-{number}-{f.file}"
