@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,14 +38,18 @@ class Evaluator:
         """Positions in validation that candidates are scored on."""
         self.calibration = load_batches(calibration, _rows(calibration, calibration_samples, seed), BATCH)
         self.validation = load_batches(validation, self.rows, BATCH)
+        self.target = space.targets[0]
+        """The target whose precisions count."""
         self.digest = digest(
             space.precisions, lowering_digest(), calibration.digest, method, calibration_samples, validation_samples, seed, metric,
             getattr(task, "signature", ""),
         )
 
-    @property
-    def target(self) -> str:
-        return self.space.targets[0]
+    def on(self, target: str) -> Evaluator:
+        """The same evaluator for the precisions that candidates have on another target of the space."""
+        other = copy.copy(self)
+        other.target = target
+        return other
 
     def ranges(self, point: Candidate) -> ActivationRanges:
         """Calibrated input ranges of the candidate's quantized products."""

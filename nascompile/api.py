@@ -38,15 +38,16 @@ class Compiled:
 def compile(
     model: Any, train: Any, *, calibration: Any = None, validation: Any = None, test: Any = None, processor: Any = None,
     target: str = "cpu", metric: str | Callable[[Any, Any], float] = "", direction: Literal["maximize", "minimize"] = "maximize",
-    max_drop: float | None = None, latency_ms: float | None = None, size_mb: float | None = None, macs_m: float | None = None,
-    out: str | Path = "runs/api", progress: bool = True, **options: Any,
+    max_drop: float | None = None, latency_ms: float | Mapping[str, float] | None = None, size_mb: float | None = None,
+    macs_m: float | None = None, out: str | Path = "runs/api", progress: bool = True, **options: Any,
 ) -> Compiled:  # fmt: skip
     """Run the whole pipeline; a second call with the same `out` continues or returns what is there.
 
     `model`: a Hugging Face model in memory (with `processor`, its tokenizer or image processor), a folder or an id. `train` and the
     other splits: a path, a `datasets` name, lists of (x, y), (X, y) arrays, a DataFrame or a Dataset. `metric`: a name, or
     f(labels, logits) ▸ float with its `direction`. `options`: any other setting of a recipe, sections by underscore-free name, e.g.
-    `task="regression"`, `seed=1`, `finetune={"epochs": 2}`, `data={"label_column": "y"}`. Raises NascompileError.
+    `task="regression"`, `seed=1`, `finetune={"epochs": 2}`, `data={"label_column": "y"}`,
+    `also=["pi4"]` for one network on two devices. Raises NascompileError.
     """
     from nascompile import pipeline, report, settings  # with torch; `load` does without
 

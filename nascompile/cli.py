@@ -121,7 +121,7 @@ FLAGS = {
         Flag("--metric", "metric", str, "accuracy, f1, auc, …; default: the task's first.", "NAME"),
     ),
     "Device": (
-        Flag("--device", "device", str, "Device to compile for; `nascompile devices` lists them.", "NAME"),
+        Flag("--device", "device", list[str], "Device to compile for; given again: one search for several.", "NAME[:BACKEND[:THREADS]]"),
         Flag("--backend", "backend", str, "Runtime; default: the device's first; auto: built with all, the fastest kept.", "NAME"),
         Flag("--threads", "threads", int, "Threads of one engine.", "N"),
         Flag("--tables", "tables", str, "Folder of latency tables looked into first, or the one table to use.", "FOLDER|FILE"),
@@ -129,7 +129,7 @@ FLAGS = {
     ),
     "Budgets (one at least)": (
         Flag("--max-drop", "budgets.max_drop", float, "Points of the metric an engine may lose against the baseline.", "POINTS"),
-        Flag("--latency-ms", "budgets.latency_ms", float, "Milliseconds per call.", "MS"),
+        Flag("--latency-ms", "budgets.latency_ms", list[str], "Milliseconds per call; once per device of several.", "[DEVICE=]MS"),
         Flag("--size-mb", "budgets.size_mb", float, "Megabytes of the graph file.", "MB"),
         Flag("--macs-m", "budgets.macs_m", float, "Millions of multiply-accumulates per call.", "M"),
     ),
@@ -144,6 +144,7 @@ FLAGS = {
     ),
     "Search": (
         Flag("--searcher", "search.searcher", str, "nsga2, random, …", "NAME"),
+        Flag("--objective", "search.objectives", list[str], "Beside error: latency_ms, size_mb, macs_m, worst-ratio.", "NAME"),
         Flag("--evaluations", "search.evaluations", int, "Candidates scored at most.", "N"),
         Flag("--top-k", "measure.top_k", int, "Candidates built and measured.", "N"),
         Flag("--tune-session/--no-tune-session", "measure.tune_session", bool, "Choose every engine's session settings by timing them."),
@@ -164,13 +165,40 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapped(**values: Any) -> None:
         found = {flag.setting: values.pop(flag.parameter) for flag, _ in flags}
-        command(**values, given={setting: value for setting, value in found.items() if value is not None and value != []})
+        command(**values, given=_by_device({setting: value for setting, value in found.items() if value is not None and value != []}))
 
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "given"]
     parameters = [*(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own), *(flag.option(panel) for flag, panel in flags)]
     wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapped
+
+
+def _by_device(given: dict[str, Any]) -> dict[str, Any]:
+    """The given settings with flags that may be repeated taken apart: devices, latencies by device, objectives beside error."""
+    if devices := given.get("device"):
+        first = re.fullmatch(r"([^:]+)(?::([^:]*))?(?::([1-9]\d*)?)?", devices[0])
+        if first is None:
+            raise typer.BadParameter(f"not a device: {devices[0]} (NAME[:BACKEND[:THREADS]])")
+        for setting, value in (("backend", first[2]), ("threads", first[3] and int(first[3]))):
+            if value and given.setdefault(setting, value) != value:
+                raise typer.BadParameter(f"--device {devices[0]} and --{setting} {given[setting]} exclude each other")
+        given["device"] = first[1]
+        if len(devices) > 1:
+            given["also"] = devices[1:]
+    if texts := given.get("budgets.latency_ms"):
+        bounds: dict[str, float] = {}
+        for text in texts:
+            name, _, number = text.rpartition("=")
+            if name in bounds or not re.fullmatch(r"\d+(\.\d*)?|\.\d+", number):
+                raise typer.BadParameter(f"not a latency budget: {text} ([DEVICE=]MS, once per device)")
+            bounds[name] = float(number)
+        own = bounds.pop("", None)
+        given["budgets.latency_ms"] = own if not bounds else bounds if own is None else {"": own, **bounds}
+    if names := given.get("search.objectives"):
+        names = [name.replace("-", "_") for name in names]
+        given["search.objectives"] = names if "error" in names else ["error", *names]
+    return given
 
 
 # ---------------------------------------------------------------------------------------------- the pipeline
@@ -239,7 +267,8 @@ def build(
             done = records.load(folder / "stages" / "build.json", records.StageDone)
             return _print_passes(folder, [(folder / name).parent for name, _ in done.files], as_json, quiet)
         return _print_stage(folder, "build", as_json)
-    if recipe or given.keys() - {"device", "backend", "measure.tune_session"}:
+    about = {"device", "backend", "measure.tune_session", *(["threads"] if "device" in given else [])}
+    if recipe or given.keys() - about:
         raise RecipeError(
             "--candidate takes its settings from the run, all but --device and --backend and --tune-session",
             hint=f"nascompile build --out {folder} --candidate {candidate}",
@@ -248,7 +277,8 @@ def build(
 
     with _progress(quiet) as progress, redirect_stdout(sys.stderr):
         engine = pipeline.build_candidate(
-            folder, candidate, progress, device=given.get("device", ""), backend=given.get("backend", ""), precision=precision,
+            folder, candidate, progress, backend=given.get("backend", ""), precision=precision,
+            device=given["device"] + (f"::{given['threads']}" if "threads" in given else "") if "device" in given else "",
             tune_session=given.get("measure.tune_session"),
         )  # fmt: skip
     if keep_intermediate:
@@ -369,6 +399,11 @@ def _print_stage(out: Path, stage: str, as_json: bool) -> None:
         return _print_closing(out)
     for name in files:
         typer.echo(name)
+    if stage == "search":
+        from nascompile import report
+
+        for line in report.device_lines(out):
+            typer.echo(line, err=True)
 
 
 def _print_closing(out: Path) -> None:
@@ -379,7 +414,7 @@ def _print_closing(out: Path) -> None:
 
     # a pipe has no width of its own; 80 columns would break the rows
     Console(width=None if sys.stdout.isatty() else 160).print(report.closing_table(out))
-    for line in report.variant_lines(out):
+    for line in (*report.variant_lines(out), *report.device_lines(out)):
         typer.echo(line)
     if engine := report.summary(out).get("engine"):
         typer.echo(f"engine: {engine}")

@@ -178,6 +178,44 @@ def find(
     return min(found, key=lambda item: item[0])[1] if found else None
 
 
+def of_device(target: Target, explicit: Path | None = None) -> tuple[tuple[Path, LatencyTable], ...]:
+    """Every stored table of a target's device, backend and threads, of whatever workload and machine, best folder first."""
+    found = []
+    for folder in places.folders(places.TABLES, explicit if explicit is None or not explicit.is_file() else explicit.parent):
+        for path in sorted((folder / target.device).glob(f"{target.backend}-*.json")):
+            try:
+                table = records.load(path, LatencyTable)
+            except RecordError:
+                continue
+            if (table.target.backend, table.target.threads) == (target.backend, target.threads):
+                found.append((path, table))
+    return tuple(found)
+
+
+def machines(tables: Iterable[LatencyTable]) -> tuple[str, ...]:
+    """Names of the processors that tables were taken on, each once."""
+    return tuple(dict.fromkeys(machine(table.environment) for table in tables))
+
+
+def machine(environment: Environment) -> str:
+    """Name of the processor that numbers were taken on."""
+    fields = dict(environment.must_match)
+    return str(fields.get("cpu") or fields.get("gpu") or "")
+
+
+def stored(target: Target, operators: Sequence[Operator], explicit: Path | None = None) -> Found | None:
+    """The table of a target that is not here, taken wherever it is: that which lacks fewest operators, of the best folder.
+
+    Only tables whose graphs were made by the code there is now: operators are what it makes of them.
+    """
+    found = []
+    for rank, (path, table) in enumerate(of_device(target, explicit)):
+        if table.target == target and dict(table.environment.must_match).get("lowering", lowering_digest()) == lowering_digest():
+            lacking = missing(table, operators)
+            found.append(((len(lacking), rank), Found(path, table, lacking)))
+    return min(found, key=lambda item: item[0])[1] if found else None
+
+
 def store(table: LatencyTable, explicit: Path | None = None) -> Path:
     """Save a new table in the first writable folder; its path."""
     path = path_for(places.writable(places.TABLES, explicit), table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -39,7 +39,19 @@ def search_space(
     precisions: tuple[str, ...] = SEARCHED,
 ) -> SearchSpace:  # fmt: skip
     """Architecture genes of the family, and a precision gene for every block that may take one of `precisions` the backend supports."""
-    choices = family.choices(config, backend.width_multiple)
+    return shared_space(family, config, ((backend, target),), model_digest, layer_order, precisions)
+
+
+def shared_space(
+    family: Family, config: Any, places: Sequence[tuple[Backend, Target]], model_digest: str, layer_order: tuple[int, ...] = (),
+    precisions: tuple[str, ...] = SEARCHED,
+) -> SearchSpace:  # fmt: skip
+    """The space of one architecture for several targets: widths that fit all backends, precision genes per target.
+
+    A block has a precision gene where one of the backends gives it a choice; on the others it has what their backends know of that.
+    """
+    backends = [backend for backend, _ in places]
+    choices = family.choices(config, math.lcm(*(backend.width_multiple for backend in backends)))
     layers = {group.gene: group.layer for group in family.groups(config)}
     count = max(choices.get("depth", (0,)))
     order = layer_order or tuple(range(count))
@@ -51,14 +63,15 @@ def search_space(
             genes.append(Gene(name=name, kind="architecture", choices=values, requires=_requires(choices, order, layers.get(name))))
     used = {FLOAT32.name: FLOAT32}
     for segment in family.segments(config):
-        found = [p for p in map(_precision, precisions) if _takes(segment, p) and not backend.supports(p)]
+        found = [p for p in map(_precision, precisions) if _takes(segment, p) and not all(backend.supports(p) for backend in backends)]
         if found:
             used.update({precision.name: precision for precision in found})
             requires, names = _requires(choices, order, segment.layer), (FLOAT32.name, *(precision.name for precision in found))
             genes.append(Gene(name=precision_gene(segment), kind="precision", choices=names, requires=requires))
+    legal = tuple(tuple(name for name, p in used.items() if p == FLOAT32 or not backend.supports(p)) for backend in backends)
     return SearchSpace(
         family=family.name, model_digest=model_digest, genes=tuple(genes), precisions=tuple(used.values()),
-        targets=(target.id,), layer_order=order,
+        targets=tuple(target.id for _, target in places), layer_order=order, legal=legal if len(places) > 1 else (),
     )  # fmt: skip
 
 
@@ -232,7 +245,7 @@ def retarget(
 
 def moved(space: SearchSpace, point: Candidate, target: Target) -> tuple[SearchSpace, Candidate]:
     """The same point with the same precisions, its genes keyed by another target: one of another backend or with another session."""
-    other = msgspec.structs.replace(space, targets=(target.id,))
+    other = msgspec.structs.replace(space, targets=(target.id,), legal=())
     genes = dict(point.precision)[space.targets[0]]
     return other, msgspec.structs.replace(point, space=other.id, precision=((target.id, genes),))
 

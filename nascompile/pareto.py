@@ -43,6 +43,8 @@ def _volume(points: Any, corner: Any) -> float:
         return float(corner[0] - points.min())
     points = points[np.argsort(points[:, -1], kind="stable")]
     edges = np.append(points[:, -1], corner[-1])
+    if len(corner) == 2:  # a slice is a line: all at once, because more dimensions come here for each of theirs
+        return float(sum((np.diff(edges) * (corner[0] - np.minimum.accumulate(points[:, 0]))).tolist()))
     total = 0.0
     for i in range(len(points)):
         if edges[i + 1] > edges[i]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 import tempfile
@@ -34,6 +35,8 @@ from nascompile import (
     report,
     rerank,
     scoring,
+    several,
+    space as spaces,
     targets,
     variants,
 )
@@ -48,6 +51,7 @@ from nascompile.processes import ALONE, Team, join
 from nascompile.progress import Progress, Silent
 from nascompile.quantization import ActivationRanges
 from nascompile.records import (
+    Budget,
     Candidate,
     Choice,
     Differences,
@@ -78,9 +82,11 @@ from nascompile.space import largest, uniform
 from nascompile.supernet import Supernet, extract
 
 STAGES = ("data", "profile", "finetune", "search", "build", "measure", "rerank", "report")
+DEVICES = "devices"
+"""Folder of a run with the engines and measurements of further devices, a folder each."""
 FIXED = ("model", "new_head", "data", "task", "metric", "device", "backend", "threads", "seed")
 """Settings that make another run of it: what was measured and scored does not carry over."""
-DECIDING = ("budgets", "finetune", "search", "measure")
+DECIDING = ("budgets", "finetune", "search", "measure", "also")
 """Settings that lead to a choice: fixed once test has been read for one."""
 TEACHER_SHARE, FINETUNE_SHARE, SEARCH_SHARE = 0.25, 0.55, 0.8
 """Parts of `minutes` after which the teacher, the super-network and the search come to an end."""
@@ -121,16 +127,21 @@ def run(recipe: Recipe, out: Path, *, until: str = STAGES[-1], progress: Progres
 
 def _check_target(recipe: Recipe) -> None:
     """Refuses, before any work, a device that is unknown and one that nothing can be searched for."""
-    target = targets.make(recipe.device, recipe.backend, Workload(), recipe.threads)
-    backend = plugins.get("backends", target.backend)
-    if isinstance(backend, CrossCompiler):
-        raise UnsupportedError(
-            f"a search for `{target.device}` is not there yet: its precisions have no genes and no latency table",
-            hint=f"search on another device, then `nascompile build RUN --candidate N --device {target.device}`",
-        )
+    first = targets.make(recipe.device, recipe.backend, Workload(), recipe.threads)
+    found = targets.several(first, recipe.also)
+    backends = [plugins.get("backends", target.backend) for target in found]
+    for target, backend in zip(found, backends, strict=True):
+        if isinstance(backend, CrossCompiler):
+            raise UnsupportedError(
+                f"a search for `{target.device}` is not there yet: its precisions have no genes and no latency table",
+                hint=f"search on another device, then `nascompile build RUN --candidate N --device {target.device}`",
+            )
+    several.check(recipe, first)
     for name in set(recipe.search.precisions) - set(network.SEARCHED):  # those are left out where a backend has no use for them
-        if reason := backend.supports(plugins.get("quantization", name).precision):
-            raise UnsupportedError(f"`{target.backend}` cannot search {name}: {reason}", hint="leave it out of `search.precisions`")
+        reasons = {b.name: b.supports(plugins.get("quantization", name).precision) for b in backends}
+        if all(reasons.values()):
+            hint = "leave it out of `search.precisions`"
+            raise UnsupportedError(f"`{first.backend}` cannot search {name}: {reasons[first.backend]}", hint=hint)
 
 
 def _lead(team: Team, recipe: Recipe, out: Path, until: str, progress: Progress, given: Given) -> None:
@@ -185,16 +196,24 @@ class Context:
             "data": lambda: (r.model, r.new_head, r.task, r.data, _source_digests(r)),
             "profile": lambda: (
                 self.target, self.family.name, self.config.to_json_string(use_diff=False), r.profile_seconds, self.environment,
-                r.tables, r.allow_foreign, r.search.precisions,
+                r.tables, r.allow_foreign, r.search.precisions, *self._further_inputs(),
             ),
             "finetune": lambda: self._training_inputs(),
             "search": lambda: (after["finetune"], after["profile"], r.search, r.budgets, r.seed),
             "build": lambda: (after["search"], r.measure.top_k, r.measure.safety, *self._rivalry()),
             "measure": lambda: (after["build"], _without(r.measure, "tune_session"), r.seed),
-            "rerank": lambda: (after["measure"], r.budgets, r.measure.safety),
+            "rerank": lambda: (after["measure"], r.budgets, r.measure.safety, *(after["profile"] if self.further else ())),
             "report": lambda: (after, r),
         }
         return read[stage]()
+
+    def _further_inputs(self) -> tuple[Any, ...]:
+        """What the latencies of further devices depend on; nothing where there are none."""
+        explicit = several.tables_folder(self.recipe)
+        return tuple(
+            (f.target, digest(f.table(self._operators(n), explicit).table) if f.absent else f.environment.must_match)
+            for n, f in enumerate(self.further, 1)
+        )
 
     def _rivalry(self) -> tuple[Any, ...]:
         """What else engines depend on where variants of them are compared; nothing where they are not."""
@@ -204,8 +223,10 @@ class Context:
 
     def _training_inputs(self) -> tuple[Any, ...]:
         """What trained weights depend on; if it changes they are trained again from the start."""
-        r = self.recipe
-        return self.done["data"].files, models.weights_digest(self.model_folder), r.finetune, r.seed, self.metric, self.target
+        r, own = self.recipe, self.backend.width_multiple
+        shared = math.lcm(own, *(f.backend.width_multiple for f in self.further))
+        widths = () if shared == own else (shared,)
+        return self.done["data"].files, models.weights_digest(self.model_folder), r.finetune, r.seed, self.metric, self.target, *widths
 
     # ------------------------------------------------------------------------------------------ what stages share
 
@@ -267,6 +288,19 @@ class Context:
         return targets.make(self.recipe.device, self.recipe.backend, workload, self.recipe.threads)
 
     @cached_property
+    def further(self) -> tuple[several.Further, ...]:
+        """Devices after the first that the same network is searched for."""
+        return several.further(self.recipe, self.target)
+
+    @property
+    def bounds(self) -> tuple[Budget, ...]:
+        """All budgets, each with its target."""
+        also = [f.target for f in self.further]
+        return self.recipe.budgets.bounds(
+            self.target.id, [target.id for target in also], several.latencies(self.recipe, (self.target, *also))
+        )
+
+    @cached_property
     def rivals(self) -> tuple[str, ...]:
         """Backends that every engine is built with, the search's own first."""
         return targets.runnable(self.recipe.device) if self.recipe.backend == targets.AUTO else (self.target.backend,)
@@ -300,17 +334,23 @@ class Context:
 
     def space_of(self, config: Any, order: tuple[int, ...]) -> SearchSpace:
         """The search space with its layers in a given order of importance."""
-        return network.search_space(
-            self.family, config, self.backend, self.target, models.weights_digest(self.model_folder), order,
-            self.recipe.search.precisions,
-        )  # fmt: skip
+        places = ((self.backend, self.target), *((f.backend, f.target) for f in self.further))
+        return network.shared_space(
+            self.family, config, places, models.weights_digest(self.model_folder), order, self.recipe.search.precisions
+        )
+
+    def _operators(self, number: int) -> tuple[Operator, ...]:
+        """What a complete table of target number `number` has rows for."""
+        own = spaces.of_targets(self.space_of(self.config, ()), (number,))
+        target = self.further[number - 1].target if number else self.target
+        return network.operators(self.family, self.config, own, target)
 
     @cached_property
     def space(self) -> SearchSpace:
         """What the super-network was trained for, with the precisions that are searched now: training does not depend on them."""
         trained = load(self.out / "supernet" / "manifest.json", SearchSpace)
         now = self.space_of(self.config, trained.layer_order)
-        return trained if trained.precisions == now.precisions else now
+        return now if self.further or trained.precisions != now.precisions else trained
 
     def split(self, name: str, purpose: str) -> data.Split:
         return data.open_split(self.out / "data", name, purpose) if self.team.leads else data.opened_split(self.out / "data", name)
@@ -339,8 +379,16 @@ class Context:
 
     @cached_property
     def pricing(self) -> Pricing:
+        return self._priced(self.target, self.table)
+
+    @cached_property
+    def further_pricing(self) -> tuple[Pricing, ...]:
+        """Prices on the further devices."""
+        return tuple(self._priced(f.target, load(self.out / "tables" / f"{f.file}.json", LatencyTable)) for f in self.further)
+
+    def _priced(self, target: Target, table: LatencyTable) -> Pricing:
         structure = lowering.export(self.family, self.config, self.out / "blueprints").stat().st_size
-        return Pricing(self.family, self.config, self.space, self.target, self.table, structure, self.foreign)
+        return Pricing(self.family, self.config, self.space, target, table, structure, self.foreign if target == self.target else ())
 
     @cached_property
     def parts(self) -> build.Parts:
@@ -381,11 +429,32 @@ class Context:
         return [self.out / "data" / data.MANIFEST]
 
     def _profile(self) -> list[Path]:
-        space = self.space_of(self.config, ())
-        environment = self.device.environment(self.target, self.backend.versions())
+        shared = self.space_of(self.config, ())
         explicit = Path(self.recipe.tables) if self.recipe.tables else None
-        operators = network.operators(self.family, self.config, space, self.target)
-        found = latency_table.find(self.target, environment, operators, explicit, self.recipe.allow_foreign)
+        table = self._table(spaces.of_targets(shared, (0,)), self.target, self.backend, self.device, explicit)
+        save(table, self.out / "table.json")
+        self.progress.note(f"{len(table.rows)} operators, 90 % interval ±{100 * table.relative_error:.1f} %")
+        written, folder = [self.out / "table.json", *self._note_foreign(table)], several.tables_folder(self.recipe)
+        for number, f in enumerate(self.further, 1):
+            if f.absent:
+                self.progress.note(f"{f.label} cannot run here, predictions of its table stand for measurements: {f.absent}")
+                found = f.table(self._operators(number), folder)
+                self.progress.note(f"using the latency table {found.path}")
+                table = found.table
+            else:
+                self.progress.note(f"the table of {f.label}")
+                device = targets.device(f.target.device)
+                table = self._table(spaces.of_targets(shared, (number,)), f.target, f.backend, device, folder)
+            save(table, self.out / "tables" / f"{f.file}.json")
+            written.append(self.out / "tables" / f"{f.file}.json")
+            self.progress.note(f"{f.label}: {len(table.rows)} operators, 90 % interval ±{100 * table.relative_error:.1f} %")
+        return written
+
+    def _table(self, space: SearchSpace, target: Target, backend: Any, device: Any, explicit: Path | None) -> LatencyTable:
+        """The latency table of a target that runs here: a stored one that still holds, or a new one."""
+        environment = device.environment(target, backend.versions())
+        operators = network.operators(self.family, self.config, space, target)
+        found = latency_table.find(target, environment, operators, explicit, self.recipe.allow_foreign)
         foreign = latency_table.differences(found.table.environment, environment) if found else ()
         work = self.out / "profiling"
         if found and foreign:
@@ -396,43 +465,46 @@ class Context:
                     hint="what is timed here cannot be added to it: leave --tables out, and a table of this environment is made",
                 )
             self.progress.note(f"using a foreign latency table, with other {', '.join(name for name, _, _ in foreign)}: {found.path}")
-            table = found.table
-        elif found and not found.missing:
-            profiler.canary(found.table, self.family, self.config, space, self.backend, self.device, work, self.recipe.seed)
+            return found.table
+        if found and not found.missing:
+            profiler.canary(found.table, self.family, self.config, space, backend, device, work, self.recipe.seed)
             self.progress.note(f"using the latency table {found.path}")
-            table = found.table
-        else:
-            if found:
-                self._check_pace(found, operators, space)
-                self.progress.note(f"adding {len(found.missing)} of {len(operators)} operators to the rows of {found.path}")
-            table = profiler.profile(
-                self.family, self.config, space, self.target, self.backend, self.device, work, self.recipe.seed, self.progress,
-                seconds=self.recipe.profile_seconds, existing=found.table if found else None,
-            )  # fmt: skip
-            self.progress.note(f"new latency table: {latency_table.store(table, explicit)}")
-        save(table, self.out / "table.json")
-        self.progress.note(f"{len(table.rows)} operators, 90 % interval ±{100 * table.relative_error:.1f} %")
-        return [self.out / "table.json", *self._note_foreign(table, foreign)]
+            return found.table
+        if found:
+            self._check_pace(found, operators, space, backend, device)
+            self.progress.note(f"adding {len(found.missing)} of {len(operators)} operators to the rows of {found.path}")
+        table = profiler.profile(
+            self.family, self.config, space, target, backend, device, work, self.recipe.seed, self.progress,
+            seconds=self.recipe.profile_seconds, existing=found.table if found else None,
+        )  # fmt: skip
+        self.progress.note(f"new latency table: {latency_table.store(table, explicit)}")
+        return table
 
-    def _check_pace(self, found: latency_table.Found, operators: Sequence[Operator], space: SearchSpace) -> None:
+    def _check_pace(
+        self, found: latency_table.Found, operators: Sequence[Operator], space: SearchSpace, backend: Any, device: Any
+    ) -> None:  # fmt: skip
         """TableError if rows that are timed now would not fit to those of the table; nothing where no layer of this space is among them."""
         layers = {segment.kind for segment in self.family.segments(self.config) if segment.layer is not None}
         if any(operator.kind in layers for operator in operators if operator not in found.missing):
-            work, seed = self.out / "profiling", self.recipe.seed
-            profiler.canary(found.table, self.family, self.config, space, self.backend, self.device, work, seed)
+            profiler.canary(found.table, self.family, self.config, space, backend, device, self.out / "profiling", self.recipe.seed)
 
-    def _note_foreign(self, table: LatencyTable, foreign: Differences) -> list[Path]:
+    def _note_foreign(self, table: LatencyTable) -> list[Path]:
         """Keeps what is foreign about the run's table, where something is."""
         path = self.out / FOREIGN
         path.unlink(missing_ok=True)
+        foreign = latency_table.differences(table.environment, self.device.environment(self.target, self.backend.versions()))
         if foreign:
             save(ForeignUse(table_digest=digest(table), differences=foreign), path)
         return [path] if foreign else []
 
     def training_plan(self) -> finetune.Plan:
-        """What the fine-tuning stage works with, in every process."""
+        """What the fine-tuning stage works with, in every process: the first device's space, so that others change no draw."""
+
+        def space_of(config: Any, order: tuple[int, ...]) -> SearchSpace:
+            return spaces.of_targets(self.space_of(config, order), (0,))
+
         return finetune.Plan(
-            family=self.family, model=self.model_folder, head=self.head, space_of=self.space_of, train=self.split("train", "fine-tuning"),
+            family=self.family, model=self.model_folder, head=self.head, space_of=space_of, train=self.split("train", "fine-tuning"),
             validation=self.split("validation", "early stopping"), task=self.task, metric=self.metric, settings=self.recipe.finetune,
             seed=self.recipe.seed, out=self.out, teacher_deadline=self.deadline(TEACHER_SHARE), deadline=self.deadline(FINETUNE_SHARE),
             team=self.team,
@@ -460,22 +532,18 @@ class Context:
         self.progress.note(f"baseline {self.metric} {reference.value:.2f} on validation; calibration by {best.method}")
         front = search(
             self.evaluator(self.out / "supernet", best.method), self.pricing, reference,
-            self.recipe.budgets.bounds(self.target.id), self.recipe.search, self.recipe.seed, self.out / "journal.jsonl", self.progress,
-            self.deadline(SEARCH_SHARE),
+            self.bounds, self.recipe.search, self.recipe.seed, self.out / "journal.jsonl", self.progress,
+            self.deadline(SEARCH_SHARE), self.further_pricing,
         )  # fmt: skip
+        front = msgspec.structs.replace(front, absent=tuple((f.target.id, f.absent) for f in self.further if f.absent))
         save(front, self.out / "front.json")
         self.progress.note(f"{front.scored} candidates scored, {len(front.evaluations)} on the front")
         return [self.out / name for name in ("calibration.json", "baseline.json", "front.json")]
 
     def _build(self) -> list[Path]:
-        front, reference = load(self.out / "front.json", Front), load(self.out / "baseline.json", Score)
-        chosen = rerank.select(front, reference, self.recipe.measure.top_k, self.recipe.measure.safety)
-        jobs = [
-            (rerank.BASELINE, "baseline", "baseline", largest(self.space)),
-            (rerank.UNIFORM, "uniform", "baseline", uniform(self.space)),
-        ]
-        jobs += [(f"candidate-{n}", "candidate", "supernet", e.candidate) for n, e in enumerate(chosen, 1)]
-        written = []
+        jobs = self._jobs()
+        written, here = [], [f for f in self.further if not f.absent]
+        total = len(jobs) * (1 + len(here))
         for number, (name, role, source, point) in enumerate(jobs, 1):
             folder = self.out / "engines" / name
             predicted = self.pricing(point)[1]
@@ -484,12 +552,43 @@ class Context:
             if role == "candidate":
                 self._store_subnet(name, point)
             written.append(folder / "manifest.json")
-            self.progress.step("engines built", number, len(jobs))
+            self.progress.step("engines built", number, total)
+        for place, f in enumerate(here, 1):
+            for number, (name, role, source, point) in enumerate(jobs, 1):
+                folder = self.out / DEVICES / f.file / "engines" / name
+                self.build_there(f, name, role, source, point, folder)
+                written.append(folder / "manifest.json")
+                self.progress.step("engines built", place * len(jobs) + number, total)
         wanted = {name for name, *_ in jobs}
-        for folder in (self.out / "engines").iterdir():
-            if folder.name.startswith("candidate-") and folder.name not in wanted:
-                _discard(self.out / "engines", (folder.name,))
+        for engines in (self.out / "engines", *(self.out / DEVICES / f.file / "engines" for f in here)):
+            for folder in engines.iterdir():
+                if folder.name.startswith("candidate-") and folder.name not in wanted:
+                    _discard(engines, (folder.name,))
+        _discard(self.out / DEVICES, tuple({p.name for p in (self.out / DEVICES).glob("*")} - {f.file for f in here}))
         return written
+
+    def _jobs(self) -> list[tuple[str, str, str, Candidate]]:
+        """(name, role, weights, candidate) of every engine of the run, whatever the device."""
+        front, reference = load(self.out / "front.json", Front), load(self.out / "baseline.json", Score)
+        chosen = rerank.select(front, reference, self.recipe.measure.top_k, self.recipe.measure.safety)
+        return [
+            (rerank.BASELINE, "baseline", "baseline", largest(self.space)),
+            (rerank.UNIFORM, "uniform", "baseline", uniform(self.space)),
+            *((f"candidate-{n}", "candidate", "supernet", e.candidate) for n, e in enumerate(chosen, 1)),
+        ]
+
+    def build_there(self, f: several.Further, name: str, role: str, source: str, point: Candidate, folder: Path) -> None:
+        """The engine of a candidate for a further device, with the precisions it has there, unless the folder holds it."""
+        pricing = next(p for p in self.further_pricing if p.target == f.target)
+        parts = replace(self.parts, target=f.target, backend=f.backend, table_digest=digest(pricing.table))
+        weights = self.sources[source]
+        if (folder / "manifest.json").is_file():
+            m = load(folder / "manifest.json", EngineManifest)
+            same = (f.target, point, weights.evaluator.weights_digest, parts.table_digest)
+            if (m.target, m.candidate, m.weights_digest, m.table_digest) == same:
+                return
+        own = build.Source(weights.net, weights.evaluator.on(f.target.id))
+        build.build(parts, own, point, name, role, pricing(point)[1], folder)
 
     def _store_subnet(self, name: str, point: Any) -> None:
         """The candidate's float weights as a Hugging Face folder of its own, beside the engines."""
@@ -554,7 +653,8 @@ class Context:
         if not (folder / "manifest.json").is_file():
             return False
         m = load(folder / "manifest.json", EngineManifest)
-        same = (network.moved(space, point, m.target)[1], weights_digest, table_digest, foreign)
+        there = point if m.target.id in space.targets else network.moved(space, point, m.target)[1]
+        same = (there, weights_digest, table_digest, foreign)
         return (m.candidate, m.weights_digest, m.table_digest, m.foreign) == same and self._compared(m)
 
     def _compared(self, m: EngineManifest) -> bool:
@@ -569,12 +669,20 @@ class Context:
     def _measure(self) -> list[Path]:
         folders = [self.out / Path(name).parent for name, _ in self.done["build"].files]
         out, validation = self.out / "measurements", self.split("validation", "scores of engine files")
-        measured = measure.measure(
-            folders, self.device, validation, self.task, self.metric, self.recipe.measure, self.recipe.seed, out, self.progress
-        )
+        arguments = (validation, self.task, self.metric, self.recipe.measure, self.recipe.seed)
+        own = [folder for folder in folders if folder.parent.parent == self.out]
+        measured = measure.measure(own, self.device, *arguments, out, self.progress)
+        written = [out / f"{m.engine}.json" for m in measured]
+        for f in self.further:
+            if not f.absent:
+                self.progress.note(f"engines on {f.label}")
+                home = self.out / DEVICES / f.file
+                there = [folder for folder in folders if folder.parent.parent == home]
+                found = measure.measure(there, targets.device(f.target.device), *arguments, home / "measurements", self.progress)
+                written += [home / "measurements" / f"{m.engine}.json" for m in found]
         pairs = self._agreement(validation, out / "agreement")
         write_atomic(self.out / "agreement.json", msgspec.json.format(encode(measure.agreement(pairs)), indent=1))
-        return [*(out / f"{m.engine}.json" for m in measured), self.out / "agreement.json"]
+        return [*written, self.out / "agreement.json"]
 
     def _agreement(self, validation: data.Split, folder: Path) -> dict[str, tuple[float, float]]:
         """Candidate ▸ (emulated, engine) validation score for scored candidates drawn at random."""
@@ -609,7 +717,7 @@ class Context:
         measured = [load(self.out / name, Measurement) for name, _ in self.done["measure"].files if name.startswith("measurements/")]
         manifests = {m.engine: load(self.out / "engines" / m.engine / "manifest.json", EngineManifest) for m in measured}
         save(rerank.correct(manifests, measured, digest(self.table)), self.out / "correction.json")
-        choice = rerank.choose(manifests, measured, self.recipe.budgets.bounds(self.target.id), self.recipe.measure.safety)
+        choice = rerank.choose(manifests, measured, self.bounds, self.recipe.measure.safety, self._there())
         path = self.out / "choice.json"
         if path.is_file() and _test_was_read(self.out) and load(path, Choice) != choice:
             raise DataError(
@@ -625,6 +733,32 @@ class Context:
         save(result, self.out / "test.json")
         return [self.out / name for name in ("correction.json", "choice.json", "test.json")]
 
+    def _there(self) -> dict[str, list[rerank.There]]:
+        """Engine ▸ what its network is on every further device: measured where that runs here, else predicted and emulated."""
+        found: dict[str, list[rerank.There]] = {}
+        for f, pricing in zip(self.further, self.further_pricing, strict=True):
+            for name, _, source, point in self._jobs():
+                there = self._predicted(f, pricing, source, point) if f.absent else self._measured(f, name)
+                found.setdefault(name, []).append(there)
+        return found
+
+    def _predicted(self, f: several.Further, pricing: Pricing, source: str, point: Candidate) -> rerank.There:
+        _, latency, size, *_ = pricing(point)
+        reference, front = load(self.out / "baseline.json", Score), load(self.out / "front.json", Front)
+        known = {(e.candidate, there.target): there.score for e in front.evaluations for there in e.elsewhere if source == "supernet"}
+        if point == largest(self.space) and source == "baseline":  # FP32 everywhere
+            known[(point, f.target.id)] = reference
+        score = known.get((point, f.target.id)) or self.sources[source].evaluator.on(f.target.id).score(point)
+        return rerank.There(f.target.id, f.label, "predicted", latency.value, size, score, reference)
+
+    def _measured(self, f: several.Further, name: str) -> rerank.There:
+        home = self.out / DEVICES / f.file
+        m, baseline = (load(home / "measurements" / f"{n}.json", Measurement) for n in (name, rerank.BASELINE))
+        if m.score is None or baseline.score is None:
+            raise RecordError(f"no validation score in {home / 'measurements'}: {name}", hint="remove the folder and run again")
+        size = load(home / "engines" / name / "manifest.json", EngineManifest).size_bytes
+        return rerank.There(f.target.id, f.label, m.latency.kind, m.latency.quantile(0.5), size, m.score, baseline.score)
+
     def _report(self) -> list[Path]:
         return list(report.report(self.out))
 
@@ -638,9 +772,12 @@ def build_candidate(
 ) -> Path:  # fmt: skip
     """Build candidate `number` (from 1, cheapest first) of a finished front into `engines/front-<number>`; its folder.
 
-    `device`, `backend`, `precision`: for another target than the run's, into `engines/front-<number>-<device>`, say. Its device need
-    not be here if the backend can do without it; the manifest then says that the engine was not run. `tune_session`: None: as in the run.
+    `device` (NAME[:BACKEND[:THREADS]]), `backend`, `precision`: for another target than the run's, into `engines/front-<number>-<device>`,
+    say; for a further device of the search with the precisions that the candidate has there. Its device need not be here if the backend
+    can do without it; the manifest then says that the engine was not run. `tune_session`: None: as in the run.
     """
+    wanted = targets.Named.parse(device) if device else targets.Named("")
+    device, backend = wanted.device, backend or wanted.backend
     recipe = load(out / "recipe.json", Recipe)  # before the lock, which would make the folder
     if tune_session is not None:
         recipe = _tuned(recipe, tune_session)
@@ -650,30 +787,52 @@ def build_candidate(
             raise RecipeError(f"no such candidate: {number}", hint=f"the front of {out} has 1 to {len(front.evaluations)}")
         e = front.evaluations[number - 1]
         name = f"front-{number}"
+        if (device or backend) and front.also and precision == network.AS_SEARCHED:
+            text = f"{device or recipe.device}:{backend}:{wanted.threads or ''}"
+            if target := targets.find(text, (front.target, *front.also)):
+                return _build_searched(Context(recipe, out, progress or Silent(), Given()), e, target, number)
         if device or backend or precision != network.AS_SEARCHED:
-            other = msgspec.structs.replace(recipe, device=device or recipe.device, backend=backend or ("" if device else recipe.backend))
-            named = [name, other.device, backend, "" if precision == network.AS_SEARCHED else precision]
+            other = msgspec.structs.replace(
+                recipe, device=device or recipe.device, backend=backend or ("" if device else recipe.backend), also=(),
+                threads=wanted.threads or recipe.threads,
+            )  # fmt: skip
+            threads = f"t{wanted.threads}" if wanted.threads else ""
+            named = [name, other.device, backend, threads, "" if precision == network.AS_SEARCHED else precision]
             context = Context(other, out, progress or Silent(), Given())
             context.space = front.space
             return _build_elsewhere(context, e, out / "engines" / "-".join(filter(None, named)), precision)
         context = Context(recipe, out, progress or Silent(), Given())
-        folder = out / "engines" / name
+        return _build_searched(context, e, context.target, number)
+
+
+def _build_searched(context: Context, e: Evaluation, target: Target, number: int) -> Path:
+    """The engine of a front's candidate for one of the devices it was searched for, with its own precisions there."""
+    if targets.label(target) == targets.label(context.target):
+        folder = context.out / "engines" / f"front-{number}"
         if not context._built(folder, "supernet", e.candidate):
-            context.make(context.parts, context.sources["supernet"], e.candidate, name, "candidate", e.latency, folder)
+            context.make(context.parts, context.sources["supernet"], e.candidate, folder.name, "candidate", e.latency, folder)
         return folder
+    f = next(f for f in context.further if f.label == targets.label(target))
+    if f.absent:
+        raise UnsupportedError(f"cannot build for `{f.label}`: {f.absent}", hint="build on that device, from a copy of the run folder")
+    folder = context.out / "engines" / f"front-{number}-{f.file}"
+    context.build_there(f, folder.name, "candidate", "supernet", e.candidate, folder)
+    return folder
 
 
 def check_passes(engine: Path, progress: Progress | None = None) -> tuple[PassCheck, ...]:
     """What each pass does to a built engine's graph; the graph after each is in `engines/NAME.graphs`, beside the engine's folder."""
     out, manifest = engine.parent.parent, load(engine / "manifest.json", EngineManifest)
+    out = out.parent.parent if out.parent.name == DEVICES else out
     recipe = load(out / "recipe.json", Recipe)
     with _locked(out):
-        other = msgspec.structs.replace(recipe, device=manifest.target.device, backend=manifest.target.backend)
+        other = msgspec.structs.replace(recipe, device=manifest.target.device, backend=manifest.target.backend, also=())
         context = Context(other, out, progress or Silent(), Given())
         if manifest.space is None or manifest.candidate is None:
             raise RecordError(f"the engine does not say what it was built from: {engine}", hint="build it again")
         context.target, context.space = manifest.target, manifest.space
         source = context.sources["supernet" if manifest.role == "candidate" else "baseline"]
+        source = replace(source, evaluator=source.evaluator.on(manifest.target.id))
         return build.check_passes(context.parts, source, manifest.candidate, engine.with_name(f"{engine.name}.graphs"))
 
 
@@ -735,23 +894,27 @@ def plan(recipe: Recipe, out: Path) -> list[dict[str, Any]]:
     """What `run` would do: per stage what, whether it was finished before, and rough minutes and megabytes where they can be told."""
     finished = {path.stem: load(path, StageDone) for path in (out / "stages").glob("*.json")} if out.is_dir() else {}
     s, m, f = recipe.search, recipe.measure, recipe.finetune
+    devices = 1 + len(recipe.also)
+    shared, each = (f", on {devices} devices", ", for each device that is here") if recipe.also else ("", "")
     engines = m.top_k + 2
     what = {
         "data": "read, check, deduplicate and split the labelled data",
-        "profile": f"time every operator of the space on `{recipe.device}`, unless a table of this machine is known",
+        "profile": f"time every operator of the space on `{recipe.device}`, unless a table of this machine is known"
+        + "".join(f"; the same for `{text}`, or its stored table if it is not here" for text in recipe.also),
         "finetune": f"{f.recipe}: {f.epochs} epochs of the super-network after up to {f.teacher_epochs} of a teacher",
-        "search": f"{s.searcher}: up to {s.evaluations} candidates scored on validation",
-        "build": f"{engines} engines: baseline, uniform INT8, {m.top_k} candidates" + _compared_as(recipe),
+        "search": f"{s.searcher}: up to {s.evaluations} candidates scored on validation{shared}",
+        "build": f"{engines} engines: baseline, uniform INT8, {m.top_k} candidates{each}" + _compared_as(recipe),
         "measure": f"{engines} engines side by side: latency, throughput at batch {', '.join(map(str, m.batches))}, memory, accuracy",
         "rerank": "choose by what was measured, then read test once",
         "report": "HTML, Markdown and JSON",
     }
     size = _weights_megabytes(recipe)
     minutes = {
-        "profile": recipe.profile_seconds / 60, "measure": engines * (len(m.batches) * m.seconds + measure.LATENCY_SECONDS) / 60,
+        "profile": devices * recipe.profile_seconds / 60,
+        "measure": devices * engines * (len(m.batches) * m.seconds + measure.LATENCY_SECONDS) / 60,
         "finetune": FINETUNE_SHARE * recipe.minutes or None, "search": (SEARCH_SHARE - FINETUNE_SHARE) * recipe.minutes or None,
     }  # fmt: skip
-    disk = {"finetune": size and 6 * size, "build": size and engines * size}
+    disk = {"finetune": size and 6 * size, "build": size and devices * engines * size}
     return [
         {"stage": stage, "what": what[stage], "done": stage in finished, "minutes": minutes.get(stage), "disk_mb": disk.get(stage)}
         for stage in STAGES

@@ -243,7 +243,7 @@ class Gene(Record, frozen=True):
     requires: tuple[tuple[str, int], ...] = ()
 
 
-class SearchSpace(Record, frozen=True):
+class SearchSpace(Record, frozen=True, omit_defaults=True):  # what only several targets have is in no record of one: ids stay
     """All candidates: genes, the precisions they name, and the targets that have precision genes of their own."""
 
     family: str
@@ -253,6 +253,8 @@ class SearchSpace(Record, frozen=True):
     targets: tuple[str, ...]
     layer_order: tuple[int, ...] = ()
     """Layers by importance: depth k keeps the first k of these, executed in network order."""
+    legal: tuple[tuple[str, ...], ...] = ()
+    """Per target, names of the precisions its genes may have; empty: with one target, whose genes have no others."""
 
     @property
     def id(self) -> str:
@@ -351,8 +353,18 @@ class ForeignUse(Record, frozen=True):
 # ---------------------------------------------------------------------------------------------- results
 
 
-class Evaluation(Record, frozen=True):
-    """A scored candidate: accuracy of the quantized sub-network on validation, costs from the tables."""
+class Elsewhere(Record, frozen=True):
+    """What a candidate of a search for several devices is on one of the further ones, with the precisions it has there."""
+
+    target: str
+    """Target id."""
+    score: Score
+    latency: Interval
+    size_bytes: int
+
+
+class Evaluation(Record, frozen=True, omit_defaults=True):
+    """A scored candidate: accuracy of the quantized sub-network on validation, costs from the tables; all on the (first) target."""
 
     candidate: Candidate
     score: Score
@@ -363,9 +375,11 @@ class Evaluation(Record, frozen=True):
     seconds: float = 0.0
     foreign: Differences = ()
     """What differs where `latency` was predicted by a table of another environment."""
+    elsewhere: tuple[Elsewhere, ...] = ()
+    """The same on every further target, in the order of the front's `also`."""
 
 
-class Front(Record, frozen=True):
+class Front(Record, frozen=True, omit_defaults=True):
     """Outcome of a search: non-dominated evaluations, cheapest first, and how they were found."""
 
     space: SearchSpace
@@ -381,6 +395,10 @@ class Front(Record, frozen=True):
     """(candidates scored, hypervolume) as the search went on."""
     foreign: Differences = ()
     """What differs where the latencies that decided were predicted by a table of another environment."""
+    also: tuple[Target, ...] = ()
+    """Further targets of the same search."""
+    absent: tuple[tuple[str, str], ...] = ()
+    """(target id, why) of those whose engines cannot run here: their latencies are predictions of a stored table."""
 
 
 class Variant(Record, frozen=True):

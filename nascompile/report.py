@@ -5,6 +5,7 @@ Keys of `report.json`; a section whose records are not there has their names in 
   headline      chosen engine, throughput ratio, accuracy change with its interval, size ratio, file, reason, budgets
   foreign       where predictions are a latency table's of another environment: what differs, there and here; else empty
   engines       one entry per engine folder: predicted, measured, throughput, size, validation and test scores
+  devices       of a search for several: each one's front, what the fronts share, what a shared network costs each; else not there
   front         non-dominated and scored candidates with predicted latency and emulated validation score
   prediction    predicted against measured latency: engines of this run, validation networks of the table
   agreement     emulated against engine score of random candidates
@@ -28,14 +29,16 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from nascompile import journal, latency_table, variants
+from nascompile import fronts, journal, latency_table, variants
 from nascompile.errors import RecordError
 from nascompile.records import (
+    Budget,
     Candidate,
     Choice,
     Correction,
@@ -50,11 +53,14 @@ from nascompile.records import (
     R,
     Score,
     StageDone,
+    Target,
     TestResult,
     Variant,
     load,
     write_atomic,
 )
+from nascompile.scoring import worst
+from nascompile.targets import label
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -117,6 +123,23 @@ def _caption(foreign: Differences) -> str | None:
     return f"predicted by {latency_table.FOREIGN}: " + "; ".join(latency_table.difference_lines(foreign))
 
 
+def device_lines(run: Path) -> list[str]:
+    """What a search for several devices found on each, for a terminal; nothing for one."""
+    devices = _devices(read(run))
+    if not devices or devices["missing"]:
+        return []
+    lines = []
+    for d in devices["devices"]:
+        text = f"{d['label']}: {len(d['front'])} of {devices['scored']} scored candidates on its front"
+        if d["chosen"]:
+            text += f"; chosen {number(d['chosen']['latency_ms'])} ms {d['chosen']['kind']}, {_score(d['chosen']['score'])}"
+        if d["cost"]:
+            text += f"; predicted {d['cost']['ratio']:.2f} times the fastest that is as accurate there"
+        lines.append(text + (f" (not here: {d['absent']})" if d["absent"] else ""))
+    lines.append(f"on the front of every device: {len(devices['common'])}; " + "; ".join(_agreement_words(t) for t in devices["tau"]))
+    return lines
+
+
 def variant_lines(run: Path) -> list[str]:
     """For every engine that was chosen among variants, what was kept and what was not; for a terminal."""
     return [f"{e.name}: {variants.describe(e.variants)}" for e in read(run).engines if e.variants]
@@ -126,7 +149,9 @@ def gather(run: Path) -> Json:
     """All sections as plain data (module docstring)."""
     records = read(run)
     engines = _engines(records)
+    devices = _devices(records)
     return {
+        **({"devices": devices} if devices else {}),
         "summary": _summary(records, engines),
         "name": _name(records),
         "note": str(records.recipe.get("note", "")),
@@ -153,6 +178,15 @@ def gather(run: Path) -> Json:
 
 
 @dataclass(frozen=True)
+class Further:
+    """A further device of a search: its table, and where it runs here its engines by name."""
+
+    table: LatencyTable
+    engines: dict[str, EngineManifest]
+    measurements: dict[str, Measurement]
+
+
+@dataclass(frozen=True)
 class RunRecords:
     """What a run folder holds; None or empty where a record is not there."""
 
@@ -171,6 +205,8 @@ class RunRecords:
     measurements: dict[str, Measurement]
     stages: tuple[StageDone, ...]
     scored: tuple[Evaluation, ...]
+    further: dict[str, Further]
+    """Target id ▸ what there is of a further device of the search."""
 
     def engine(self, role: str) -> EngineManifest | None:
         """The first engine of a role; `chosen` is the choice's."""
@@ -200,6 +236,16 @@ def read(run: Path) -> RunRecords:
         measurements={m.engine: m for m in (load(path, Measurement) for path in sorted(run.glob("measurements/*.json")))},
         stages=tuple(load(path, StageDone) for path in sorted(run.glob("stages/*.json"))),
         scored=_scored(run / "journal.jsonl", front),
+        further={found.table.target.id: found for found in map(_further, sorted(run.glob("tables/*.json")))},
+    )
+
+
+def _further(path: Path) -> Further:
+    home = path.parent.parent / "devices" / path.stem
+    return Further(
+        table=load(path, LatencyTable),
+        engines={m.name: m for m in (load(p, EngineManifest) for p in sorted(home.glob("engines/*/manifest.json")))},
+        measurements={m.engine: m for m in (load(p, Measurement) for p in sorted(home.glob("measurements/*.json")))},
     )
 
 
@@ -349,13 +395,13 @@ def _candidate(point: Candidate) -> Json:
     }
 
 
-def _describe(point: Candidate) -> str:
-    """Genes by kind, in network order: `depth 4 · heads 3 2 3 2 · width …; 7 of 8 blocks int8`."""
+def _describe(point: Candidate, number: int = 0) -> str:
+    """Genes by kind, precisions as on target `number`, in network order: `depth 4 · heads 3 2 3 2 · width …; 7 of 8 blocks int8`."""
     groups: dict[str, list[str]] = {}
     for gene, value in point.architecture:
         groups.setdefault(gene.rpartition(".")[2], []).append(str(value))
     text = " · ".join(f"{name} {' '.join(values)}" for name, values in groups.items())
-    for _, genes in point.precision[:1]:
+    for _, genes in point.precision[number : number + 1]:
         counts = sorted(Counter(value for _, value in genes).items())
         text += "; " * bool(counts) + ", ".join(f"{count} {'block' if count == 1 else 'blocks'} {name}" for name, count in counts)
     return text
@@ -381,10 +427,14 @@ def _summary(records: RunRecords, engines: list[Json]) -> Json:
         "seconds": {s["stage"]: s["seconds"] for s in _stages(records)},
     }  # fmt: skip
     environment = _environment(records)
+    devices = _devices(records)
+    shown = ("label", "absent", "chosen", "cost")
     return {
         "tasks": [task], "environment": environment["must_match"] | environment["recorded"], "run": str(records.folder),
         "engine": chosen["folder"] if chosen else None,
-    } | ({"foreign": _foreign(records.foreign)} if records.foreign else {})  # fmt: skip
+        **({"devices": [{key: d[key] for key in shown} for d in devices["devices"]]} if devices else {}),
+        **({"foreign": _foreign(records.foreign)} if records.foreign else {}),
+    }  # fmt: skip
 
 
 def _headline(records: RunRecords, engines: list[Json]) -> Json:
@@ -392,7 +442,7 @@ def _headline(records: RunRecords, engines: list[Json]) -> Json:
     if records.choice is None or chosen is None:
         return {"missing": _absent("choice.json" if records.choice is None else "engines")}
     baseline = next((e for e in engines if e["role"] == "baseline"), None)
-    budgets = [f"{b.metric} ≤ {b.bound:g}" for b in records.choice.budgets]
+    budgets = _budgets(records, records.choice.budgets)
     change = chosen["difference"]
     if change is None and baseline and baseline["validation"] and chosen["validation"]:
         value = chosen["validation"]["value"] - baseline["validation"]["value"]
@@ -414,10 +464,103 @@ def _front(records: RunRecords) -> Json:
         "metric": first.metric if first else "",
         "unit": "%" if first and first.metric.lower() in PERCENT_METRICS else "",
         "direction": first.direction if first else "",
-        "objectives": list(front.objectives),
+        "objectives": _objectives(front),
         "points": [_point(e) for e in front.evaluations],
         "scored": [_point(e) for e in records.scored if e.candidate not in members],
     }
+
+
+def _objectives(front: Front) -> list[str]:
+    """Names of what was minimized, a latency by device where there are several."""
+    places = [f" on {label(t)}" for t in (front.target, *front.also)] if front.also else [""]
+    return [name + place for name in front.objectives for place in (places if name == "latency_ms" else [""])]
+
+
+def _budgets(records: RunRecords, budgets: Iterable[Budget]) -> list[str]:
+    """Each as a person writes it, with its device where there are several."""
+    front = records.front
+    names = {t.id: f" on {label(t)}" for t in (front.target, *front.also)} if front and front.also else {}
+    return [f"{b.metric} ≤ {b.bound:g}{names.get(b.target, '') if b.metric != 'macs_m' else ''}" for b in budgets]
+
+
+def _devices(records: RunRecords) -> Json:
+    """Each device of a search for several, all from the candidates that were scored; nothing where there is one."""
+    front = records.front
+    if front is None or not front.also:
+        return {}
+    found = (front.target, *front.also)
+    evaluations = records.scored or front.evaluations
+    seen = [fronts.seen(evaluations, number) for number in range(len(found))]
+    own = [fronts.front(scored) for scored in seen]
+    subnet = records.folder / "subnets" / records.choice.engine / "candidate.json" if records.choice else None
+    chosen = load(subnet, Candidate) if subnet and subnet.is_file() else None
+    shared = next((e for e in evaluations if e.candidate == chosen), None)
+    common = fronts.common(own)
+    rows = []
+    for number, target in enumerate(found):
+        members = {s.evaluation.candidate for s in own[number]}
+        further = records.further.get(target.id)
+        table = further.table if further else records.table
+        rows.append(
+            {
+                "label": label(target), "first": number == 0, "absent": dict(front.absent).get(target.id, ""),
+                "budgets": _budgets(records, [b for b in front.budgets if b.target == target.id and b.metric != "macs_m"]),
+                "relative_error": table.relative_error if table else None,
+                "front": [_seen(s, number) for s in own[number]],
+                "scored": [_seen(s, number) for s in seen[number] if s.evaluation.candidate not in members],
+                "chosen": _chosen_there(records, target, number, shared),
+                "cost": _cost(fronts.cost(seen[number], shared), number) if shared else None,
+            }
+        )  # fmt: skip
+    tau = [
+        {"a": label(found[a]), "b": label(found[b]), "tau": fronts.kendall(seen[a], seen[b])} for a, b in combinations(range(len(found)), 2)
+    ]
+    return {
+        "missing": [] if records.scored else _absent("journal.jsonl"), "devices": rows, "scored": len(evaluations), "common": list(common),
+        "tau": tau, "metric": evaluations[0].score.metric if evaluations else "",
+        "engine": records.choice.engine if records.choice else "", "candidate": shared.candidate.id if shared else "",
+        "shared": [_shared(e, seen, common, e.candidate == chosen) for e in front.evaluations],
+    }  # fmt: skip
+
+
+def _seen(s: fronts.Seen, number: int) -> Json:
+    e = s.evaluation
+    there = msgspec.structs.replace(e, score=s.score, latency=s.latency, size_bytes=s.size_bytes)
+    return _point(there) | {"text": _describe(e.candidate, number)}
+
+
+def _cost(cost: fronts.Cost, number: int) -> Json:
+    return {"ratio": cost.ratio, "shared": _seen(cost.shared, number), "alone": _seen(cost.alone, number)}
+
+
+def _shared(e: Evaluation, seen: list[tuple[fronts.Seen, ...]], common: tuple[str, ...], chosen: bool) -> Json:
+    """A candidate of the shared front: on each device, and what it costs there."""
+    return {
+        "id": e.candidate.id, "chosen": chosen, "worst": worst(e).value, "everywhere": e.candidate.id in common,
+        "devices": [_cost(fronts.cost(scored, e), number) for number, scored in enumerate(seen)],
+    }  # fmt: skip
+
+
+def _chosen_there(records: RunRecords, target: Target, number: int, shared: Evaluation | None) -> Json | None:
+    """Latency and score of the chosen network on a device: of its engine where that runs here, else predicted and emulated."""
+    if records.choice is None:
+        return None
+    further = records.further.get(target.id)
+    measurements = further.measurements if further else records.measurements
+    if m := measurements.get(records.choice.engine):
+        score = _score_facts(m.score) if m.score else None
+        latency = {"latency_ms": m.latency.quantile(0.5), "low": None, "high": None}
+        return {"kind": m.latency.kind, "statistic": "p50", **latency, "score": score}
+    if shared is None:
+        return None
+    there = fronts.seen((shared,), number)[0]
+    interval = {"latency_ms": there.latency.value, "low": there.latency.low, "high": there.latency.high}
+    return {"kind": "predicted", "statistic": "", **interval, "score": _score_facts(there.score)}
+
+
+def _agreement_words(t: Json) -> str:
+    value = "not defined" if t["tau"] is None else f"{t['tau']:.2f}"
+    return f"Kendall τ of the latencies on {t['a']} and {t['b']}: {value}"
 
 
 def _point(e: Evaluation) -> Json:
@@ -557,8 +700,8 @@ def _search(records: RunRecords) -> Json:
         return {"missing": _absent("front.json"), "hypervolume": []}
     return {
         "missing": [] if front.hypervolume else ["hypervolume in front.json"], "searcher": front.searcher, "seed": front.seed,
-        "scored": front.scored, "seconds": front.seconds, "objectives": list(front.objectives), "found": len(front.evaluations),
-        "budgets": [f"{b.metric} ≤ {b.bound:g}" for b in front.budgets], "hypervolume": [list(pair) for pair in front.hypervolume],
+        "scored": front.scored, "seconds": front.seconds, "objectives": _objectives(front), "found": len(front.evaluations),
+        "budgets": _budgets(records, front.budgets), "hypervolume": [list(pair) for pair in front.hypervolume],
     }  # fmt: skip
 
 
@@ -769,6 +912,6 @@ def _templates(*, html: bool) -> Any:
     found.filters |= {
         "number": number, "signed": signed, "file_size": file_size, "count_si": count, "duration": duration, "interval": _interval,
         "latency": _latency, "rate": _rate, "times": _times, "score": _score, "plain": _plain_value, "code": _code,
-        "verbatim": Code, "balance": _balance,
+        "verbatim": Code, "agreement": _agreement_words, "balance": _balance,
     }  # fmt: skip
     return found

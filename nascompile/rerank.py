@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +26,22 @@ from nascompile.records import (
     TestResult,
     digest,
 )
-from nascompile.scoring import Loaded, drop, gain, score_engine
+from nascompile.scoring import Loaded, drop, gain, score_engine, worst
 from nascompile.tasks.metrics import paired_bootstrap
 
 BASELINE, UNIFORM = "baseline", "uniform-int8"
 
 
 def select(front: Front, baseline: Score, count: int, safety: float) -> tuple[Evaluation, ...]:
-    """The candidates worth building, best first: before all others those with `safety` standard errors to spare in `max_drop`."""
+    """The candidates worth building, best first: before all others those with `safety` standard errors to spare in `max_drop`.
+
+    Of several targets the worst score counts, and the product of the latencies: by it no unit and no target weighs more than another.
+    """
     ranked = sorted(
-        (e for e in front.evaluations if _margin(baseline, e.score, front.budgets, 0.0) >= 0),
+        (e for e in front.evaluations if _least_margin(baseline, e, front.budgets, 0.0) >= 0),
         key=lambda e: (
-            _margin(baseline, e.score, front.budgets, safety) < 0,
-            *_order(front.budgets, gain(e.score), e.latency.value),
+            _least_margin(baseline, e, front.budgets, safety) < 0,
+            *_order(front.budgets, gain(worst(e)), math.prod((e.latency.value, *(other.latency.value for other in e.elsewhere)))),
             e.candidate.id,
         ),
     )
@@ -60,15 +65,38 @@ def correct(manifests: Mapping[str, EngineManifest], measured: Sequence[Measurem
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class There:
+    """What a network is on a further target: its engine, measured, or what is predicted and emulated where none can run here."""
+
+    target: str
+    """Target id."""
+    label: str
+    kind: str
+    """Of the latency: measured, simulated, predicted."""
+    latency_ms: float
+    size_bytes: int
+    score: Score
+    baseline: Score
+    """What the score is compared with: of the same samples, by the same means."""
+
+
 def choose(
-    manifests: Mapping[str, EngineManifest], measured: Sequence[Measurement], budgets: tuple[Budget, ...], safety: float
-) -> Choice:
-    """The best engine file by what was measured; BudgetError with the nearest one if none meets the budgets."""
+    manifests: Mapping[str, EngineManifest], measured: Sequence[Measurement], budgets: tuple[Budget, ...], safety: float,
+    there: Mapping[str, Sequence[There]] | None = None,
+) -> Choice:  # fmt: skip
+    """The best engine file by what was measured; BudgetError with the nearest one if none meets the budgets.
+
+    `there`: engine ▸ what its network is on further targets. Their budgets count as much, and `select`'s order holds.
+    """
     scores = {m.engine: m.score for m in measured if m.score is not None}
-    baseline = scores[BASELINE]
+    baseline, there = scores[BASELINE], there or {}
     rejected, sound = {}, []
     for m in measured:
-        if fault := _fault(m, manifests[m.engine], scores[m.engine], baseline, budgets):
+        others = there.get(m.engine, ())
+        own = tuple(b for b in budgets if b.target not in {t.target for t in others})
+        faults = [_fault(m, manifests[m.engine], scores[m.engine], baseline, own), *(_fault_there(t, budgets) for t in others)]
+        if fault := "; ".join(filter(None, faults)):
             rejected[m.engine] = fault
         else:
             sound.append(m)
@@ -79,22 +107,30 @@ def choose(
             detail="\n".join(f"{name}: {why}" for name, why in rejected.items()),
             hint=f"nearest in accuracy is {nearest.engine}; widen a budget and run again: nothing is scored or measured twice",
         )
-    ranked = sorted(
-        sound,
-        key=lambda m: (
-            _margin(baseline, scores[m.engine], budgets, safety) < 0,
-            *_order(budgets, gain(scores[m.engine]), m.latency.quantile(0.5)),
-            m.engine,
-        ),
-    )
+
+    def margin(m: Measurement) -> float:
+        everywhere = ((baseline, scores[m.engine]), *((t.baseline, t.score) for t in there.get(m.engine, ())))
+        return min(_margin(*pair, budgets, safety) for pair in everywhere)
+
+    def place(m: Measurement) -> tuple[Any, ...]:
+        others = there.get(m.engine, ())
+        accuracy = min(gain(scores[m.engine]), *(gain(baseline) - drop(t.baseline, t.score)[0] for t in others), math.inf)
+        latency = math.prod((m.latency.quantile(0.5), *(t.latency_ms for t in others)))
+        return margin(m) < 0, *_order(budgets, accuracy, latency), m.engine
+
+    ranked = sorted(sound, key=place)
     best = ranked[0]
     lost, error = drop(baseline, scores[best.engine])
     aim = f"best validation {baseline.metric}" if _costs(budgets) else f"lowest {best.latency.kind} latency"
-    spare = "" if _margin(baseline, scores[best.engine], budgets, safety) >= 0 else f", though not with {safety:g} standard errors to spare"
+    spare = "" if margin(best) >= 0 else f", though not with {safety:g} standard errors to spare"
+    others = there.get(best.engine, ())
+    if others:
+        aim += " on the worst of the devices" if _costs(budgets) else ", multiplied over the devices,"
     return Choice(
         engine=best.engine,
         reason=f"{aim} among the engines that meet every budget on validation{spare}: "
-        f"{best.latency.quantile(0.5):.3g} ms, drop {lost:.2f} ± {error:.2f} points",
+        f"{best.latency.quantile(0.5):.3g} ms, drop {lost:.2f} ± {error:.2f} points"
+        + "".join(f"; on {t.label} {t.latency_ms:.3g} ms {t.kind}, drop {drop(t.baseline, t.score)[0]:.2f}" for t in others),
         budgets=budgets, ranking=tuple(m.engine for m in ranked), rejected=tuple(sorted(rejected.items())),
         foreign=_foreign(manifests) or msgspec.UNSET,
     )  # fmt: skip
@@ -138,6 +174,18 @@ def _margin(baseline: Score, score: Score, budgets: tuple[Budget, ...], safety: 
         return float("inf")
     lost, error = drop(baseline, score)
     return bound - lost - safety * error
+
+
+def _fault_there(t: There, budgets: tuple[Budget, ...]) -> str:
+    """Why a network breaks a budget of a further target; empty if it does not."""
+    actual = {"latency_ms": t.latency_ms, "size_mb": t.size_bytes / 1e6, "drop": drop(t.baseline, t.score)[0]}
+    broken = [b for b in budgets if b.target in (t.target, "") and b.metric in actual and actual[b.metric] > b.bound]
+    said = [f"{b.metric} {actual[b.metric]:.3g} > {b.bound:g}{f' ({t.kind})' if b.metric == 'latency_ms' else ''}" for b in broken]
+    return f"on {t.label}: {', '.join(said)}" if said else ""
+
+
+def _least_margin(baseline: Score, e: Evaluation, budgets: tuple[Budget, ...], safety: float) -> float:
+    return min(_margin(baseline, score, budgets, safety) for score in (e.score, *(other.score for other in e.elsewhere)))
 
 
 def _fault(m: Measurement, manifest: EngineManifest, score: Score, baseline: Score, budgets: tuple[Budget, ...]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from nascompile import plugins
 from nascompile.data import Split
-from nascompile.records import EngineManifest, Precision, Score, Target, digest, load, save
+from nascompile.records import EngineManifest, Evaluation, Precision, Score, Target, digest, load, save
 
 SCORING_BATCH = 32
 MASK = "attention_mask"
@@ -31,6 +31,11 @@ def score_of(task: Any, metric: str, logits: Any, labels: Any, *, split: str, we
 def gain(score: Score) -> float:
     """The metric with its sign turned so that more is better."""
     return score.value if score.direction == "maximize" else -score.value
+
+
+def worst(e: Evaluation) -> Score:
+    """The lowest score of a candidate over the targets it was searched for."""
+    return min((e.score, *(other.score for other in e.elsewhere)), key=gain)
 
 
 def drop(baseline: Score, score: Score) -> tuple[float, float]:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from nascompile import journal, latency_table, network, pareto, plugins
+from nascompile import journal, latency_table, network, pareto, plugins, space as spaces
 from nascompile.accuracy import Evaluator, ladder
 from nascompile.errors import BudgetError
 from nascompile.families import Family
 from nascompile.progress import Progress
-from nascompile.records import Budget, Candidate, Differences, Evaluation, Front, LatencyTable, Score, SearchSpace, Target
-from nascompile.scoring import drop, gain
+from nascompile.records import Budget, Candidate, Differences, Elsewhere, Evaluation, Front, LatencyTable, Score, SearchSpace, Target
+from nascompile.scoring import drop, gain, worst
 from nascompile.settings import SearchSettings
+from nascompile.targets import label
 
 IDLE_ROUNDS = 25
 """Rounds in which every proposal was over budget or known before the search gives up on finding more."""
@@ -50,13 +53,18 @@ class Pricing:
 
 def search(
     evaluator: Evaluator, pricing: Pricing, baseline: Score, budgets: tuple[Budget, ...], settings: SearchSettings, seed: int,
-    path: Path, progress: Progress, deadline: float = float("inf"),
+    path: Path, progress: Progress, deadline: float = float("inf"), also: Sequence[Pricing] = (),
 ) -> Front:  # fmt: skip
-    """The non-dominated scored candidates within the cost budgets, cheapest first; BudgetError if no candidate meets every budget."""
-    began, space = time.monotonic(), pricing.space
-    known = {_key(e): e for e in journal.read(path, Evaluation)}
+    """The non-dominated scored candidates within the cost budgets, cheapest first; BudgetError if no candidate meets every budget.
+
+    `also`: prices on further targets of the same space. A candidate then has a score and costs on each, and must keep every budget.
+    """
+    began, space, aim = time.monotonic(), pricing.space, Aim(settings.objectives, budgets, (pricing, *also))
+    known = Known(path, space)
     searcher = plugins.get("searchers", settings.searcher)
-    run = searcher.start(space, len(settings.objectives), settings.population, _affordable(ladder(space), pricing, budgets), seed)
+    first = ladder(space)
+    affordable = tuple(p for p in first if aim.over(aim.prices(p)) == 0) or first
+    run = searcher.start(space, aim.count, settings.population, affordable, seed)
     scored: dict[Candidate, Evaluation] = {}
     idle, nearest = 0, None
     while len(scored) < settings.evaluations and idle < IDLE_ROUNDS and not (scored and time.monotonic() > deadline):
@@ -65,75 +73,145 @@ def search(
             break
         rows, violations, before = [], [], len(scored)
         for point in points:
-            costs, *rest = pricing(point)
-            over = _over(costs, budgets)
+            prices = aim.prices(point)
+            over = aim.over(prices)
             if over > 0:
                 if nearest is None or over < nearest[0]:
-                    nearest = (over, point, costs)
+                    nearest = (over, point, prices)
             elif point not in scored and len(scored) < settings.evaluations and not (scored and time.monotonic() > deadline):
-                scored[point] = _evaluate(point, rest, evaluator, known, path, pricing.foreign)
+                scored[point] = _evaluate(point, prices, evaluator, known, pricing.foreign)
                 progress.step("candidates scored", len(scored), settings.evaluations)
-            rows.append(_objectives(costs, scored[point].score if point in scored else None, settings.objectives))
+            rows.append(aim.objectives(prices, worst(scored[point]) if point in scored else None))
             violations.append(over if over > 0 else _drop_violation(scored.get(point), baseline, budgets))
         run.tell(points, np.array(rows), np.array(violations))
         idle = idle + 1 if len(scored) == before else 0
     if not scored:
-        raise _unaffordable(nearest, budgets, space)
+        raise _unaffordable(nearest, aim, space)
     evaluations = list(scored.values())
     _require_accuracy(evaluations, baseline, budgets)
-    matrix = np.array([_objectives(_costs_of(e), e.score, settings.objectives) for e in evaluations])
-    chosen = sorted((evaluations[i] for i in pareto.front(matrix)), key=lambda e: (e.latency.value, -gain(e.score), e.candidate.id))
+    matrix = np.array([aim.objectives(aim.prices(e.candidate), worst(e)) for e in evaluations])
+    chosen = sorted((evaluations[i] for i in pareto.front(matrix)), key=lambda e: (e.latency.value, -gain(worst(e)), e.candidate.id))
     return Front(
         space=space, target=pricing.target, objectives=settings.objectives, budgets=budgets, evaluations=tuple(chosen),
         searcher=settings.searcher, seed=seed, scored=len(evaluations), seconds=time.monotonic() - began, hypervolume=_trace(matrix),
-        foreign=pricing.foreign,
+        also=tuple(other.target for other in also), foreign=pricing.foreign,
     )  # fmt: skip
 
 
-def _evaluate(
-    point: Candidate, costs: list[Any], evaluator: Evaluator, known: Mapping[Any, Evaluation], path: Path, foreign: Differences
-) -> Evaluation:
-    """From the journal if this candidate was ever scored by the same evaluator on the same weights and data, else scored now."""
-    key = (point, evaluator.digest, evaluator.split_digest, evaluator.weights_digest)
-    latency, size, parameters, macs = costs
-    began = time.monotonic()
-    score = known[key].score if key in known else evaluator.score(point)
-    seconds = known[key].seconds if key in known else time.monotonic() - began
+Price = tuple[dict[str, float], Any, int, int, int]
+"""What a Pricing says of a candidate."""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What is minimized and bounded, on which targets."""
+
+    names: tuple[str, ...]
+    budgets: tuple[Budget, ...]
+    pricings: tuple[Pricing, ...]
+
+    @property
+    def count(self) -> int:
+        """Objectives: a latency is one per target."""
+        return sum(len(self.pricings) if name == "latency_ms" else 1 for name in self.names)
+
+    def prices(self, point: Candidate) -> tuple[Price, ...]:
+        """The candidate's costs on every target."""
+        return tuple(pricing(point) for pricing in self.pricings)
+
+    def objectives(self, prices: Sequence[Price], score: Score | None) -> list[float]:
+        """In the order of the names; `score` is the worst of the targets', as the largest size is."""
+        found = []
+        for name in self.names:
+            if name == "error":
+                found.append(1e6 if score is None else -gain(score))
+            elif name == "latency_ms":
+                found += [costs["latency_ms"] for costs, *_ in prices]
+            elif name == "worst_ratio":
+                found.append(max(cost / budget.bound for budget, cost in self.bounded(prices) if budget.metric == "latency_ms"))
+            else:
+                found.append(max(costs[name] for costs, *_ in prices))
+        return found
+
+    def bounded(self, prices: Sequence[Price]) -> list[tuple[Budget, float]]:
+        """Every budget of a cost, with the cost."""
+        index = {pricing.target.id: i for i, pricing in enumerate(self.pricings)}
+        return [(b, prices[index.get(b.target, 0)][0][b.metric]) for b in self.budgets if b.metric in prices[0][0]]
+
+    def over(self, prices: Sequence[Price]) -> float:
+        """Sum of relative excesses over the cost budgets."""
+        return sum(max(0.0, cost / budget.bound - 1) for budget, cost in self.bounded(prices))
+
+    def named(self, budget: Budget) -> str:
+        """The target a budget is for, as it may be written; empty where there is one."""
+        return next((label(p.target) for p in self.pricings if p.target.id == budget.target), "") if len(self.pricings) > 1 else ""
+
+
+class Known:
+    """What the journal has of earlier searches for the same targets, or for some of them, on the same weights."""
+
+    def __init__(self, path: Path, space: SearchSpace) -> None:
+        self.path = path
+        self.scores: dict[Any, tuple[Score, float]] = {}
+        """What decides a score (network, precisions, evaluator, split, weights) ▸ the score, and the seconds it took."""
+        self.lines: dict[Any, Evaluation] = {}
+        """The last line of a candidate of this space."""
+        numbers = range(len(space.targets))
+        ids = {spaces.of_targets(space, kept).id for n in numbers for kept in itertools.combinations(numbers, n + 1)}
+        for e in journal.read(path, Evaluation):
+            if e.candidate.space in ids:
+                self._note(e)
+
+    def _note(self, e: Evaluation) -> None:
+        self.lines[self._line(e)] = e
+        scores = (e.score, *(other.score for other in e.elsewhere))
+        for score, (_, genes) in zip(scores, e.candidate.precision, strict=True):
+            self.scores[(e.candidate.architecture, genes, *_by(score))] = (score, e.seconds / len(scores))
+
+    def record(self, e: Evaluation) -> None:
+        """A line in the journal, unless it has that one."""
+        before = self.lines.get(self._line(e))
+        if before is None or (e.elsewhere and msgspec.structs.replace(e, seconds=before.seconds) != before):  # priced by other tables
+            journal.append(self.path, e)
+            self._note(e)
+
+    def _line(self, e: Evaluation) -> Any:
+        return (e.candidate, *_by(e.score))
+
+
+def _by(scored: Any) -> tuple[str, str, str]:
+    return (scored.evaluator_digest, scored.split_digest, scored.weights_digest)
+
+
+def _evaluate(point: Candidate, prices: Sequence[Price], evaluator: Evaluator, known: Known, foreign: Differences) -> Evaluation:
+    """With the journal's score where the same network with the same precisions was ever scored, else scored now; on every target."""
+    scores, seconds = [], 0.0
+    for number, (target, genes) in enumerate(point.precision):
+        key = (point.architecture, genes, evaluator.digest, evaluator.split_digest, evaluator.weights_digest)
+        if key not in known.scores:
+            began = time.monotonic()
+            score = (evaluator if number == 0 else evaluator.on(target)).score(point)
+            known.scores[key] = (score, time.monotonic() - began)
+        scores.append(known.scores[key][0])
+        seconds += known.scores[key][1]
+    (_, latency, size, parameters, macs), *others = prices
+    elsewhere = tuple(
+        Elsewhere(target=target, score=score, latency=price[1], size_bytes=price[2])
+        for (target, _), score, price in zip(point.precision[1:], scores[1:], others, strict=True)
+    )
     evaluation = Evaluation(
-        candidate=point, score=score, latency=latency, size_bytes=size, parameters=parameters, macs=macs, seconds=seconds,
-        foreign=foreign,
+        candidate=point, score=scores[0], latency=latency, size_bytes=size, parameters=parameters, macs=macs, seconds=seconds,
+        elsewhere=elsewhere, foreign=foreign,
     )  # fmt: skip
-    if key not in known:
-        journal.append(path, evaluation)
+    known.record(evaluation)
     return evaluation
-
-
-def _key(e: Evaluation) -> Any:
-    return (e.candidate, e.score.evaluator_digest, e.score.split_digest, e.score.weights_digest)
-
-
-def _costs_of(e: Evaluation) -> dict[str, float]:
-    return {"latency_ms": e.latency.value, "size_mb": e.size_bytes / 1e6, "macs_m": e.macs / 1e6}
-
-
-def _objectives(costs: Mapping[str, float], score: Score | None, names: tuple[str, ...]) -> list[float]:
-    return [(1e6 if score is None else -gain(score)) if name == "error" else costs[name] for name in names]
-
-
-def _over(costs: Mapping[str, float], budgets: tuple[Budget, ...]) -> float:
-    """Sum of relative excesses over the cost budgets."""
-    return sum(max(0.0, costs[b.metric] / b.bound - 1) for b in budgets if b.metric in costs)
 
 
 def _drop_violation(e: Evaluation | None, baseline: Score, budgets: tuple[Budget, ...]) -> float:
     bound = next((b.bound for b in budgets if b.metric == "drop"), None)
     if bound is None or e is None:
         return 0.0
-    return max(0.0, drop(baseline, e.score)[0] - bound - DROP_SLACK)
-
-
-def _affordable(points: tuple[Candidate, ...], pricing: Pricing, budgets: tuple[Budget, ...]) -> tuple[Candidate, ...]:
-    return tuple(p for p in points if _over(pricing(p)[0], budgets) == 0) or points
+    return max(0.0, drop(baseline, worst(e))[0] - bound - DROP_SLACK)
 
 
 def _trace(matrix: np.ndarray[Any, Any]) -> tuple[tuple[int, float], ...]:
@@ -143,27 +221,39 @@ def _trace(matrix: np.ndarray[Any, Any]) -> tuple[tuple[int, float], ...]:
     return tuple((n, float(pareto.hypervolume(matrix[:n], reference))) for n in range(1, len(matrix) + 1))
 
 
-def _unaffordable(nearest: Any, budgets: tuple[Budget, ...], space: SearchSpace) -> BudgetError:
-    asked = ", ".join(f"{b.metric} ≤ {b.bound:g}" for b in budgets if b.metric != "drop")
+def _unaffordable(nearest: Any, aim: Aim, space: SearchSpace) -> BudgetError:
+    costs = [b for b in aim.budgets if b.metric != "drop"]
+    asked = ", ".join(" ".join(filter(None, (b.metric, "≤", f"{b.bound:g}", aim.named(b) and f"on {aim.named(b)}"))) for b in costs)
     if nearest is None:
         return BudgetError(f"no candidate could be tried within {asked}", hint="raise `--time`")
-    _, point, costs = nearest
-    detail = "nearest: " + ", ".join(f"{name} {value:.3g}" for name, value in costs.items()) + f" ({_shape(point)})"
-    broken = [b.metric for b in budgets if b.metric in costs and costs[b.metric] > b.bound]
-    changes = " and ".join(f"`--{metric.replace('_', '-')}` to {_ceil(costs[metric]):.3g}" for metric in broken)
-    return BudgetError(f"no candidate meets the budget: {asked}", detail=detail, hint=f"raise {changes}, or start from a smaller model")
+    _, point, prices = nearest
+    many = len(prices) > 1
+    found = [", ".join(f"{name} {value:.3g}" for name, value in costs.items()) for costs, *_ in prices]
+    if many:
+        found = [f"{label(p.target)}: {text}" for p, text in zip(aim.pricings, found, strict=True)]
+    detail = f"nearest: {'; '.join(found)} ({_shape(point)})"
+    changes = []
+    for b, cost in aim.bounded(prices):
+        if cost > b.bound:
+            on = f"{aim.named(b)}=" if many and b.metric == "latency_ms" else ""
+            changes.append(f"`--{b.metric.replace('_', '-')}` to {on}{_ceil(cost):.3g}")
+    changes = list(dict.fromkeys(changes))
+    return BudgetError(
+        f"no candidate meets the budget: {asked}", detail=detail, hint=f"raise {' and '.join(changes)}, or start from a smaller model"
+    )
 
 
 def _require_accuracy(evaluations: list[Evaluation], baseline: Score, budgets: tuple[Budget, ...]) -> None:
     bound = next((b.bound for b in budgets if b.metric == "drop"), None)
     if bound is None:
         return
-    best = min(evaluations, key=lambda e: (drop(baseline, e.score)[0], e.latency.value))
-    least = drop(baseline, best.score)[0]
+    best = min(evaluations, key=lambda e: (drop(baseline, worst(e))[0], e.latency.value))
+    least = drop(baseline, worst(best))[0]
     if least > bound:
+        where = " where it is lowest" * bool(best.elsewhere)
         raise BudgetError(
             f"none of {len(evaluations)} scored candidates meets the budget: drop ≤ {bound:g} points",
-            detail=f"nearest: {best.score.metric} {best.score.value:.2f}, a drop of {least:.2f} from {baseline.value:.2f}, "
+            detail=f"nearest: {best.score.metric} {worst(best).value:.2f}{where}, a drop of {least:.2f} from {baseline.value:.2f}, "
             f"at {best.latency.value:.3g} ms ({_shape(best.candidate)})",
             hint=f"raise `--max-drop` to {_ceil(least):.3g}, or train longer (`--epochs`); every score is kept and not repeated",
         )

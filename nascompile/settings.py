@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from nascompile import plugins
+from nascompile import plugins, targets
 from nascompile.data import DataSettings
 from nascompile.errors import RecipeError
 from nascompile.records import Budget, Record
@@ -60,7 +60,8 @@ class SearchSettings(Record, frozen=True):
     searcher: str = "nsga2"
     """What proposes candidates."""
     objectives: tuple[str, ...] = ("error", "latency_ms")
-    """Two or more of error, latency_ms, size_mb, macs_m; all minimized."""
+    """Two or more of error, latency_ms, size_mb, macs_m, worst_ratio; all minimized. With several devices error and size_mb are the worst
+    over them, latency_ms is an objective for each; worst_ratio is the largest latency relative to its budget, one for all devices."""
     precisions: tuple[str, ...] = ("int8", "weight-int8")
     """What blocks may take beside FP32, where they can and the backend supports it; the last is the uniform engine's. Products: int8
     (calibrated), int8-dynamic, weight-int8-block128, weight-int8-block32, weight-int4-block128, weight-int4-block32. Text embedding
@@ -96,15 +97,25 @@ class MeasureSettings(Record, frozen=True):
 class Budgets(Record, frozen=True):
     """What the engine must meet; at least one. `max_drop` is in points of the metric, against the baseline on validation."""
 
-    latency_ms: float | None = None
+    latency_ms: float | dict[str, float] | None = None
+    """Milliseconds per call on the (first) device; for several, a bound by device: `{cpu = 3.0, "pi4:onnxruntime" = 20.0}`, the
+    name "" being the first."""
     size_mb: float | None = None
+    """Megabytes of the graph file; with several devices, of each one's."""
     macs_m: float | None = None
     max_drop: float | None = None
+    """Points of the metric an engine may lose against the baseline, on each device."""
 
-    def bounds(self, target: str) -> tuple[Budget, ...]:
-        """The given ones as records."""
-        named = {"latency_ms": self.latency_ms, "size_mb": self.size_mb, "macs_m": self.macs_m, "drop": self.max_drop}
-        return tuple(Budget(metric=m, bound=b, target="" if m == "drop" else target) for m, b in named.items() if b is not None)
+    def bounds(self, first: str, also: Sequence[str] = (), latencies: Mapping[str, float] | None = None) -> tuple[Budget, ...]:
+        """The given ones as records, for target ids; `latencies`: by target id, where they are given by device."""
+        if latencies is None:
+            latencies = {} if self.latency_ms is None or isinstance(self.latency_ms, Mapping) else {first: self.latency_ms}
+        found = [Budget(metric="latency_ms", bound=latencies[t], target=t) for t in (first, *also) if t in latencies]
+        if self.size_mb is not None:
+            found += [Budget(metric="size_mb", bound=self.size_mb, target=t) for t in (first, *also)]
+        if self.macs_m is not None:
+            found.append(Budget(metric="macs_m", bound=self.macs_m, target=first))
+        return (*found, *([] if self.max_drop is None else [Budget(metric="drop", bound=self.max_drop)]))
 
 
 class Recipe(Record, frozen=True):
@@ -120,6 +131,11 @@ class Recipe(Record, frozen=True):
     metric: str = ""
     """Empty: the task's default."""
     device: str = "cpu"
+    also: tuple[str, ...] = ()
+    """Further devices that one architecture is searched for, each with precisions of its own: NAME, NAME:BACKEND or NAME:BACKEND:THREADS,
+    as `["pi4", "cpu:openvino", "cpu::2"]`; what is left out is the device's default. Data, training, building and measuring are as for the
+    first device alone; one of these that runs here has its engines built and measured too, one that does not needs a stored latency table
+    (`nascompile kit export` makes one there)."""
     backend: str = ""
     """Empty: the device's default. `auto`: the search and its latency table are for the default, then every engine is built with each
     backend that runs here and has its precisions, and the fastest is kept."""
@@ -226,10 +242,19 @@ def check(recipe: Recipe) -> Recipe:
         ("measure.batches", m.batches, bool(m.batches) and min(m.batches) >= 1, "batch sizes of at least 1"),
     ]
     bounds = msgspec.structs.asdict(recipe.budgets)
+    latencies = bounds.pop("latency_ms")
+    each = latencies if isinstance(latencies, Mapping) else {"": latencies}
+    rules += [(f"budgets.latency_ms{n and '.'}{n}", b, b is None or b > 0, "more than 0") for n, b in each.items()]
     rules += [(f"budgets.{n}", b, b is None or b > 0, "more than 0") for n, b in bounds.items() if n != "max_drop"]
     rules.append(("budgets.max_drop", bounds["max_drop"], (bounds["max_drop"] or 0) >= 0, "0 or more"))
     faults = [f"{name} = {value}: {need}" for name, value, fine, need in rules if not fine]
-    if recipe.budgets == Budgets():
+    named = (*recipe.also, *(filter(None, latencies) if isinstance(latencies, Mapping) else ()))
+    faults += [f"{text!r} is no device: NAME[:BACKEND[:THREADS]]" for text in named if not targets.Named.is_one(text)]
+    if "worst_ratio" in s.objectives and not latencies:
+        faults.append("search.objectives = worst_ratio: needs a latency budget for every device, --latency-ms DEVICE=MS")
+    if recipe.also and recipe.backend == targets.AUTO:
+        faults.append("backend = auto: variants are compared for one device, `also` names more; name the backend")
+    if recipe.budgets in (Budgets(), Budgets(latency_ms={})):
         faults.append("no budget: give at least one of --max-drop, --latency-ms, --size-mb, --macs-m")
     for folder, name in (("tasks", recipe.task), ("recipes", f.recipe), ("searchers", s.searcher)):
         if name not in plugins.names(folder):
@@ -241,7 +266,7 @@ def check(recipe: Recipe) -> Recipe:
     return recipe
 
 
-OBJECTIVES = ("error", "latency_ms", "size_mb", "macs_m")
+OBJECTIVES = ("error", "latency_ms", "size_mb", "macs_m", "worst_ratio")
 METHODS = ("minmax", "percentile", "mse", "entropy")
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
+import msgspec
 import numpy as np
 
 from nascompile.errors import RecipeError
-from nascompile.records import Candidate, Gene, SearchSpace
+from nascompile.records import FLOAT32, Candidate, Gene, SearchSpace
 
 Value = int | str
 Genome = dict[str, Value]
@@ -22,8 +23,33 @@ def gene_names(space: SearchSpace) -> tuple[str, ...]:
 
 
 def slot_gene(space: SearchSpace, slot: str) -> Gene:
-    """The gene a genome position belongs to."""
-    return next(gene for gene in space.genes if gene.name == slot.partition("@")[0])
+    """The gene a genome position belongs to, with the choices it has there."""
+    name, _, target = slot.partition("@")
+    gene = next(gene for gene in space.genes if gene.name == name)
+    return on_target(space, gene, int(target or 0))
+
+
+def on_target(space: SearchSpace, gene: Gene, target: int) -> Gene:
+    """A gene with the choices it has for target number `target`: all, but for precisions that the target's backend does not know."""
+    if gene.kind == "architecture" or not space.legal:
+        return gene
+    return msgspec.structs.replace(gene, choices=tuple(choice for choice in gene.choices if choice in space.legal[target]))
+
+
+def of_targets(space: SearchSpace, kept: Sequence[int]) -> SearchSpace:
+    """The space of some of the targets (their numbers, ascending): what a search for those alone has, at the same widths."""
+    everything = (tuple(p.name for p in space.precisions),) * len(space.targets)
+    legal = tuple((space.legal or everything)[t] for t in kept)
+    genes = []
+    for gene in space.genes:
+        choices = tuple(c for c in gene.choices if gene.kind == "architecture" or any(c in names for names in legal))
+        if gene.kind == "architecture" or len(choices) > 1:
+            genes.append(msgspec.structs.replace(gene, choices=choices))
+    used = {choice for gene in genes for choice in gene.choices}
+    return msgspec.structs.replace(
+        space, genes=tuple(genes), precisions=tuple(p for p in space.precisions if p.name in used or p == FLOAT32),
+        targets=tuple(space.targets[t] for t in kept), legal=legal if len(kept) > 1 else (),
+    )  # fmt: skip
 
 
 def is_active(gene: Gene, genome: Mapping[str, Value]) -> bool:
@@ -105,7 +131,7 @@ def size(space: SearchSpace) -> int:
     for values in itertools.product(*(gene.choices for gene in free)):
         chosen = {gene.name: value for gene, value in zip(free, values, strict=True)}
         rest = [gene for gene in space.genes if gene.name not in roots and is_active(gene, chosen)]
-        total += math.prod(len(gene.choices) ** len(_slots(space, gene)) for gene in rest)
+        total += math.prod(len(slot_gene(space, slot).choices) for gene in rest for slot in _slots(space, gene))
     return total
 
 
@@ -145,15 +171,16 @@ def _slots(space: SearchSpace, gene: Gene) -> tuple[str, ...]:
 
 
 def _choices(space: SearchSpace) -> list[tuple[str, tuple[Value, ...]]]:
-    return [(slot, gene.choices) for gene in space.genes for slot in _slots(space, gene)]
+    return [(slot, on_target(space, gene, t).choices) for gene in space.genes for t, slot in enumerate(_slots(space, gene))]
 
 
 def _extreme(space: SearchSpace, end: int, precision: str) -> Candidate:
     values: Genome = {}
     for gene in space.genes:
-        for slot in _slots(space, gene):
+        for t, slot in enumerate(_slots(space, gene)):
+            choices = on_target(space, gene, t).choices
             if gene.kind == "architecture":
-                values[slot] = gene.choices[end]
+                values[slot] = choices[end]
             else:
-                values[slot] = precision if precision in gene.choices else gene.choices[0]
+                values[slot] = precision if precision in choices else choices[0]
     return candidate(space, values)

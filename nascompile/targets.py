@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,69 @@ class DeviceProfile(Record, frozen=True):
     compute_capability: str = ""
     """Of an NVIDIA GPU, such as 8.9; a session setting of what is built for it."""
     description: str = ""
+    session: dict[str, str] = msgspec.field(default_factory=dict)
+    """Session settings of what runs on it, over the backend's own: `allow_spinning = "0"`."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """A target as a person writes it, `NAME[:BACKEND[:THREADS]]`; what is left out is empty or 0."""
+
+    device: str
+    backend: str = ""
+    threads: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Named:
+        """RecipeError for what is not of that form."""
+        if not cls.is_one(text):
+            raise RecipeError(f"not a device: {text!r}", hint="NAME[:BACKEND[:THREADS]], as pi4, cpu:openvino, cpu::2")
+        device, backend, threads = (*text.split(":"), "", "")[:3]
+        return cls(device, backend, int(threads or 0))
+
+    @classmethod
+    def is_one(cls, text: str) -> bool:
+        """Whether a text is of that form."""
+        return re.fullmatch(r"[^:\s]+(:[^:\s]*(:([1-9][0-9]{0,3})?)?)?", text) is not None
+
+    def fits(self, target: Target) -> bool:
+        """Whether it says nothing else than the target is."""
+        return self.device == target.device and self.backend in ("", target.backend) and self.threads in (0, target.threads)
+
+
+def label(target: Target) -> str:
+    """What tells a target from the others of a search, as it may be written: `pi4:onnxruntime:1`."""
+    return f"{target.device}:{target.backend}:{target.threads}"
+
+
+def find(text: str, among: Sequence[Target]) -> Target | None:
+    """The one target that is meant; None if none is, RecipeError if several are."""
+    fitting = [target for target in among if Named.parse(text).fits(target)]
+    if len(fitting) > 1:
+        raise RecipeError(f"{text} may be any of {len(fitting)} devices of this run", hint=f"say which: {', '.join(map(label, fitting))}")
+    return fitting[0] if fitting else None
+
+
+def several(first: Target, also: Sequence[str], profiles: Path | None = None) -> tuple[Target, ...]:
+    """The targets of a run, the first one's workload for all; RecipeError for one that is named twice."""
+    found = [first]
+    for named in map(Named.parse, also):
+        if named.backend == AUTO:
+            raise RecipeError(f"variants are compared for one device, not for {named.device}", hint=f"name a backend of {named.device}")
+        target = make(named.device, named.backend, first.workload, named.threads, profiles=profiles)
+        if target in found:
+            raise RecipeError(f"the same device twice: {label(target)}", hint="another backend or other threads: NAME:BACKEND:THREADS")
+        found.append(target)
+    return tuple(found)
+
+
+def absence(target: Target, profiles: Path | None = None) -> str:
+    """Why engines for a target cannot run here; empty if they can."""
+    kind = load_profile(target.device, profiles).kind
+    if kind not in plugins.names("devices"):
+        return f"it is of kind {kind}, which nothing here can time"
+    reason: str = plugins.get("devices", kind).unavailable() or _backend_reason(target.backend)
+    return reason
 
 
 @dataclass(frozen=True)
@@ -66,7 +130,7 @@ def make(
     if threads < 0:
         raise RecipeError(f"threads must be at least 1: {threads}", hint="leave it out for the device's default")
     own = {"compute_capability": profile.compute_capability} if profile.compute_capability else {}
-    settings = dict(plugins.get("backends", chosen).session()) | own | dict(session or {})
+    settings = dict(plugins.get("backends", chosen).session()) | own | profile.session | dict(session or {})
     ordered = tuple(sorted(settings.items()))
     return Target(device=device, backend=chosen, workload=workload, threads=threads or profile.threads, session=ordered)
 

@@ -19,6 +19,8 @@ from nascompile.records import FLOAT32, INT8, INT8_DYNAMIC, WEIGHT_INT8, Precisi
 NODE_MS = 0.002
 MACS_PER_MS = 1e6
 INTEGER_SPEEDUP = 3.0
+SETTINGS = {"node_ms": NODE_MS, "macs_per_ms": MACS_PER_MS, "integer_speedup": INTEGER_SPEEDUP}
+"""Session settings, which a profile may give to simulate another device."""
 
 
 class Fake:
@@ -60,8 +62,9 @@ class FakeRunner:
         import onnx
         from onnx.reference import ReferenceEvaluator
 
-        if target.session:
-            raise UnsupportedError(f"the fake backend has no session settings: {', '.join(name for name, _ in target.session)}")
+        if unknown := [name for name, _ in target.session if name not in SETTINGS]:
+            raise UnsupportedError(f"unknown session setting of fake: {', '.join(unknown)}", hint=f"known: {', '.join(SETTINGS)}")
+        self._settings = SETTINGS | {name: float(value) for name, value in target.session}
         try:
             model = onnx.load(path)
         except Exception as error:  # protobuf's DecodeError is no public type
@@ -72,7 +75,7 @@ class FakeRunner:
         }
         self._outputs = [value.name for value in model.graph.output]
         self._nodes = len(model.graph.node)
-        self._work = _work(model) * max(1, target.workload.sequence)
+        self._work = _work(model, self._settings["integer_speedup"]) * max(1, target.workload.sequence)
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Outputs by name; DataError for a missing or unknown input or a wrong dtype."""
@@ -81,17 +84,17 @@ class FakeRunner:
 
     def simulated_ms(self, batch: int) -> float:
         """Simulated latency of one call: a constant per node and a rate for products, integers being faster."""
-        return self._nodes * NODE_MS + batch * self._work / MACS_PER_MS
+        return self._nodes * self._settings["node_ms"] + batch * self._work / self._settings["macs_per_ms"]
 
 
-def _work(model: Any) -> float:
+def _work(model: Any, integer_speedup: float) -> float:
     """Float-equivalent multiply-accumulates per token, from the weights' shapes."""
     shapes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
     integer = {n.output[0]: shapes.get(n.input[0], 0) for n in model.graph.node if n.op_type == "DequantizeLinear"}
     total = 0.0
     for node in model.graph.node:
         if node.op_type in ("MatMul", "Gemm", "Conv"):
-            total += shapes.get(node.input[1], 0) + integer.get(node.input[1], 0) / INTEGER_SPEEDUP
+            total += shapes.get(node.input[1], 0) + integer.get(node.input[1], 0) / integer_speedup
     return total
 
 

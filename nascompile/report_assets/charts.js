@@ -55,6 +55,19 @@
     return [traces, layout({xaxis: axis("latency of one call, ms", {rangemode: "normal"}), yaxis: axis(`${text(metric)} on validation${unit}`)})];
   }
 
+  const device = number => () => {
+    const v = facts.devices, d = v.devices[number], shared = v.shared.map(c => c.devices[number].shared);
+    const bars = rows => ({type: "data", symmetric: false, array: rows.map(p => p.high_ms - p.latency_ms), arrayminus: rows.map(p => p.latency_ms - p.low_ms), color: colour("accent"), thickness: 1, width: 3});
+    const trace = (name, rows, more) => ({type: "scatter", mode: "markers", name, x: rows.map(p => p.latency_ms), y: rows.map(p => p.score), hovertext: rows.map(p => point(name, p, v.metric)), hoverinfo: "text", ...more});
+    const traces = [];
+    if (d.scored.length) traces.push(trace("scored", d.scored, {marker: {size: 6, color: colour("fourth"), opacity: 0.55}}));
+    traces.push(trace("front of this device", d.front, {mode: "lines+markers", line: {color: colour("accent"), width: 2, shape: "hv"}, marker: {size: 9, color: colour("accent")}, error_x: bars(d.front)}));
+    traces.push(trace("shared front", shared, {marker: {symbol: "circle-open", size: 14, color: colour("ink"), line: {width: 1.5}}}));
+    const chosen = v.shared.filter(c => c.chosen).map(c => c.devices[number].shared);
+    if (chosen.length) traces.push(trace("chosen network", chosen, {marker: {symbol: "star", size: 18, color: colour("accent"), line: {width: 1.5, color: colour("card")}}}));
+    return [traces, layout({xaxis: axis(`predicted latency on ${text(d.label)}, ms`), yaxis: axis(`emulated ${text(v.metric)}${facts.front.unit ? `, ${facts.front.unit}` : ""}`)})];
+  };
+
   function diagonal(values) {
     const low = Math.min(...values), high = Math.max(...values), pad = (high - low || 1) * 0.06;
     return {type: "scatter", mode: "lines", name: "equal", x: [low - pad, high + pad], y: [low - pad, high + pad], line: {color: colour("second"), dash: "dot", width: 1.5}, hoverinfo: "skip"};
@@ -116,6 +129,7 @@
   }
 
   const charts = {front, prediction, agreement, operators, search};
+  (facts.devices ? facts.devices.devices : []).forEach((_, number) => { charts[`device-${number}`] = device(number); });
   function draw() {
     for (const [name, make] of Object.entries(charts)) {
       const box = document.getElementById("plot-" + name);

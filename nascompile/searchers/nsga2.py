@@ -29,12 +29,16 @@ class Nsga2Run:
         self.seen: set[Candidate] = set()
         self.size, self.rng = spaces.size(space), np.random.default_rng(seed)
         start = _start(space, population, first, self.rng, self.size)
-        self.algorithm = NSGA2(
-            pop_size=population, sampling=np.array([spaces.encode(space, point) for point in start]),
+        self.algorithm = self.breeding(
+            objectives, pop_size=population, sampling=np.array([spaces.encode(space, point) for point in start]),
             crossover=UniformCrossover(prob=CROSSOVER), mutation=_Reset(top), eliminate_duplicates=_Unseen(space, self.seen),
         )  # fmt: skip
         self.algorithm.setup(self.problem, termination=("n_gen", 10**6), seed=seed)
         self.asked: Any = None
+
+    def breeding(self, objectives: int, **settings: Any) -> Any:
+        """pymoo's algorithm, which decides who survives."""
+        return NSGA2(**settings)
 
     def ask(self) -> tuple[Candidate, ...]:
         if len(self.seen) == self.size:

@@ -16,8 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from nascompile import journal
+from nascompile.records import Choice, Elsewhere, EngineManifest, Evaluation, Front, load, save
 from nascompile.report import report
 
 ROOT = Path(__file__).parents[2]
@@ -143,19 +146,61 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return report(module.write(tmp_path_factory.mktemp("runs") / "sample"))[0]
 
 
+@pytest.fixture(scope="module")
+def shared_page(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run as if it had been for two devices, the second of which is not here and twice as fast without depth."""
+    run = Path(shutil.copytree(page.parent, tmp_path_factory.mktemp("runs") / "shared"))
+    front = load(run / "front.json", Front)
+    other = msgspec.structs.replace(front.target, device="pi4-in-the-cellar", threads=4)
+
+    def both(e: Evaluation) -> Evaluation:
+        ms = e.latency.value * (2.5 - 0.3 * e.candidate.value("depth"))
+        latency = msgspec.structs.replace(e.latency, value=ms, low=0.9 * ms, high=1.1 * ms)
+        there = Elsewhere(target=other.id, score=e.score, latency=latency, size_bytes=e.size_bytes)
+        return msgspec.structs.replace(e, elsewhere=(there,))
+
+    scored = [both(e) for e in journal.read(run / "journal.jsonl", Evaluation)]
+    (run / "journal.jsonl").unlink()
+    for e in scored:
+        journal.append(run / "journal.jsonl", e)
+    evaluations, absent = tuple(map(both, front.evaluations)), ((other.id, "its tables were taken on Cortex-A72, this is another"),)
+    save(msgspec.structs.replace(front, also=(other,), absent=absent, evaluations=evaluations), run / "front.json")
+    choice = load(run / "choice.json", Choice)
+    candidate = load(run / "engines" / choice.engine / "manifest.json", EngineManifest).candidate
+    assert candidate
+    save(candidate, run / "subnets" / choice.engine / "candidate.json")
+    return report(run)[0]
+
+
+CHARTS = {"plot-front", "plot-prediction", "plot-operators", "plot-agreement", "plot-search"}
 SCREENS = [(size, scheme) for size in (NARROW, WIDE) for scheme in ("light", "dark")]
 
 
 @pytest.mark.parametrize(("size", "scheme"), SCREENS, ids=[f"{size[0]}-{scheme}" for size, scheme in SCREENS])
 def test_charts_are_drawn_without_complaint_overflow_or_request(browser: Browser, page: Path, size: tuple[int, int], scheme: str) -> None:
+    check_page(browser, page, size, scheme, CHARTS)
+
+
+@pytest.mark.parametrize("size", [NARROW, WIDE], ids=["narrow", "wide"])
+def test_so_are_those_of_two_devices(browser: Browser, shared_page: Path, size: tuple[int, int]) -> None:
+    check_page(browser, shared_page, size, "light", CHARTS | {"plot-device-0", "plot-device-1"})
+    names = browser.evaluate("document.getElementById('plot-device-1').data.map(t => t.name)")
+    assert names == ["scored", "front of this device", "shared front", "chosen network"]
+    facts = json.loads((shared_page.parent / "report.json").read_text())["devices"]["devices"][1]
+    assert browser.evaluate("document.getElementById('plot-device-1').data[1].x") == [p["latency_ms"] for p in facts["front"]]
+    assert "not here, so predicted: its tables were taken on Cortex-A72" in browser.evaluate("document.body.textContent")
+
+
+def check_page(browser: Browser, page: Path, size: tuple[int, int], scheme: str, charts: set[str]) -> None:
+    """Every chart drawn, nothing wider than the window, no complaint, no request."""
     browser.open(page, size, scheme)
     if folder := os.environ.get("REPORT_SCREENSHOTS"):
-        browser.screenshot(Path(folder) / f"report-{size[0]}-{scheme}.png")
+        browser.screenshot(Path(folder) / f"{page.parent.name}-{size[0]}-{scheme}.png")
     drawn = browser.evaluate(
         """[...document.querySelectorAll('[id^=plot-]')].map(
         p => [p.id, p.querySelectorAll('svg.main-svg').length, p.querySelectorAll('.point, .js-line').length])"""
     )
-    assert {name for name, _, _ in drawn} == {"plot-front", "plot-prediction", "plot-operators", "plot-agreement", "plot-search"}
+    assert {name for name, _, _ in drawn} == charts
     assert all(layers and marks for _, layers, marks in drawn), drawn
     assert browser.complaints == []
     assert [url for url in browser.requests if not url.startswith(("file:", "data:", "blob:"))] == []

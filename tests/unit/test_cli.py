@@ -79,24 +79,31 @@ def test_stages_are_those_of_the_pipeline():
 # ---------------------------------------------------------------------------------------------- flags
 
 FLAGS = [flag for group in cli.FLAGS.values() for flag in group]
+WRITTEN = {
+    "--device": (["a", "b:c:2"], {"device": "a", "also": ["b:c:2"]}),
+    "--latency-ms": (["0.5", "pi4=20"], {"budgets.latency_ms": {"": 0.5, "pi4": 20.0}}),
+    "--objective": (["worst-ratio"], {"search.objectives": ["error", "worst_ratio"]}),
+}
+"""Flags whose words are taken apart ▸ the words, and what they set."""
 SAMPLE = {bool: True, int: 3, float: 0.5, str: "x", list[str]: ["a", "b"]}
 
 
 @pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: flag.name)
 def test_a_flag_sets_its_setting_and_no_other(flag, asked, monkeypatch):
     monkeypatch.setattr(settings, "check", lambda recipe: recipe)
-    value = SAMPLE[flag.kind]
+    value, sets = WRITTEN.get(flag.name) or (SAMPLE[flag.kind], {flag.setting: SAMPLE[flag.kind]})
     words = [word for v in value for word in (flag.name, v)] if isinstance(value, list) else [flag.name.partition("/")[0], str(value)]
     if flag.setting == "minutes":
         words[1] = "30s"
     done = invoke("run", "--model", "m", *(words[:1] if flag.kind is bool else words))
     assert done.exit_code == 0, done.output
     expected = json.loads(records.encode(Recipe(model="m")))
-    section = expected
-    *path, last = flag.setting.split(".")
-    for name in path:
-        section = section[name]
-    section[last] = value
+    for setting, wanted in sets.items():
+        section = expected
+        *path, last = setting.split(".")
+        for name in path:
+            section = section[name]
+        section[last] = wanted
     assert json.loads(records.encode(asked[0][0])) == expected
 
 
@@ -105,7 +112,37 @@ def test_every_setting_a_flag_names_has_its_type():
         kind = Recipe
         for name in flag.setting.split("."):
             kind = {field.name: field.type for field in msgspec.structs.fields(kind)}[name]
+        if flag.name in WRITTEN:
+            assert flag.kind == list[str]
+            continue
         assert kind in (flag.kind, flag.kind | None, tuple[str, ...] if flag.kind == list[str] else None), flag.name
+
+
+def test_one_device_may_be_written_with_backend_and_threads(asked):
+    assert invoke("run", "--model", "m", "--max-drop", "1", "--device", "cpu:openvino:2").exit_code == 0
+    recipe = asked[0][0]
+    assert (recipe.device, recipe.backend, recipe.threads, recipe.also) == ("cpu", "openvino", 2, ())
+    assert invoke("run", "--model", "m", "--max-drop", "1", "--device", "cpu::2", "--device", "cpu", "--threads", "2").exit_code == 0
+    assert (asked[1][0].threads, asked[1][0].also) == (2, ("cpu",))
+
+
+def test_one_latency_is_a_number(asked):
+    assert invoke("run", "--model", "m", "--latency-ms", "2.5").exit_code == 0
+    assert invoke("run", "--model", "m", "--latency-ms", "cpu:openvino=2.5").exit_code == 0
+    assert [recipe.budgets.latency_ms for recipe, *_ in asked] == [2.5, {"cpu:openvino": 2.5}]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--device", "cpu:openvino", "--backend", "onnxruntime"), ("--device", "cpu::2", "--threads", "1"), ("--device", "cpu::x"),
+        ("--device", ":openvino"), ("--latency-ms", "fast"), ("--latency-ms", "1", "--latency-ms", "2"),
+        ("--latency-ms", "a=1", "--latency-ms", "a=2"), ("--latency-ms", "a="), ("--latency-ms", "-1"),
+    ],
+)  # fmt: skip
+def test_devices_and_latencies_that_cannot_be_meant_are_bad_usage(arguments, asked):
+    done = invoke("run", "--model", "m", *arguments)
+    assert (done.exit_code, done.stdout, asked) == (2, "", [])
 
 
 def test_a_negative_flag_overrides_the_recipe(asked, tmp_path):

@@ -24,6 +24,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "plug-ins": plugins.FOLDERS,
     "shared": (
         "settings", "targets", "network", "models", "supernet", "lowering", "pass_check", "scoring", "accuracy", "engine", "variants",
+        "several", "fronts",
     ),
     "stages": ("profiler", "finetune", "search", "build", "measure", "rerank", "report"),
     "pipeline": ("pipeline",),

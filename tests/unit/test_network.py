@@ -93,6 +93,33 @@ def test_layers_that_the_least_depth_keeps_are_always_active():
 
 
 @pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("refused", [((), ()), ((), ("int8",)), (("weight-int8",), ("int8",)), (("int8",), ())])
+def test_a_space_for_two_targets_holds_the_space_of_each(name, refused):
+    family, config, target, _ = make(name)
+    other = Target(device="e", backend="made-up", workload=target.workload)
+    backends = [Backend(names) for names in refused]
+    space = network.shared_space(family, config, tuple(zip(backends, (target, other), strict=True)), "model", (2, 0, 1))
+    for number, (backend, place) in enumerate(zip(backends, (target, other), strict=True)):
+        assert spaces.of_targets(space, (number,)) == network.search_space(family, config, backend, place, "model", (2, 0, 1))
+    point = spaces.uniform(space)
+    for place, names in zip((target, other), refused, strict=True):
+        used = {node.operator.precision.name for node in network.graph(family, config, space, point, place).nodes}
+        assert not used & set(names)
+        schemes = {s.scheme for s in family.segments(config) if s.scheme}
+        assert schemes - set(names) <= used
+
+
+def test_a_shared_width_fits_both_backends():
+    family, config, target, _ = make("bert")
+    config.intermediate_size = 96
+    other = Target(device="e", backend="made-up", workload=target.workload)
+    space = network.shared_space(family, config, ((Backend(width_multiple=4), target), (Backend(width_multiple=6), other)), "model")
+    widths = {c for g in space.genes if g.name.endswith("width") for c in g.choices}
+    assert len(widths) > 1
+    assert [w for w in widths if w % 12] == []
+
+
+@pytest.mark.parametrize("name", list(CASES))
 def test_a_precision_that_the_backend_refuses_has_no_gene(name):
     family, config, _, full = make(name)
     quantizable = {s.name: s.scheme for s in family.segments(config) if s.scheme}

@@ -13,6 +13,7 @@ from nascompile.errors import BudgetError
 from nascompile.records import (
     Budget,
     Candidate,
+    Elsewhere,
     EngineManifest,
     Environment,
     Evaluation,
@@ -176,6 +177,52 @@ def test_if_no_engine_is_left_the_error_names_every_fault_and_the_nearest():
 
 
 # ---------------------------------------------------------------------------------------------- correct
+
+
+def there(value, ms, *, baseline=90.0, kind="predicted", size_mb=1.0) -> rerank.There:
+    return rerank.There("pi", "pi4:b:1", kind, ms, int(size_mb * 1e6), score(value), score(baseline))
+
+
+def test_a_network_must_keep_the_budgets_of_every_device():
+    engines = [engine("baseline", 90.0, 9.0), engine("candidate-1", 90.0, 2.0), engine("candidate-2", 89.5, 3.0)]
+    manifests, measured = {e[0].name: e[0] for e in engines}, [e[1] for e in engines]
+    budgets = (DROP, Budget(metric="latency_ms", bound=20.0, target="pi"), Budget(metric="size_mb", bound=2.0, target="pi"))
+    found = {"baseline": [there(90.0, 99.0)], "candidate-1": [there(88.0, 10.0)], "candidate-2": [there(89.0, 20.0, size_mb=1.5)]}
+    choice = rerank.choose(manifests, measured, budgets, 0.0, found)
+    assert choice.engine == "candidate-2"
+    assert dict(choice.rejected) == {
+        "baseline": "on pi4:b:1: latency_ms 99 > 20 (predicted)", "candidate-1": "on pi4:b:1: drop 2 > 1",
+    }  # fmt: skip
+    assert "on pi4:b:1 20 ms predicted, drop 1.00" in choice.reason
+    assert choice.budgets == budgets
+
+
+def test_with_only_a_drop_no_device_weighs_more_than_another():
+    engines = [engine("baseline", 90.0, 9.0), engine("candidate-1", 90.0, 1.0), engine("candidate-2", 90.0, 2.0)]
+    manifests, measured = {e[0].name: e[0] for e in engines}, [e[1] for e in engines]
+    found = {"baseline": [there(90.0, 90.0)], "candidate-1": [there(90.0, 50.0)], "candidate-2": [there(90.0, 20.0)]}
+    assert rerank.choose(manifests, measured, (DROP,), 0.0, found).ranking == ("candidate-2", "candidate-1", "baseline")  # 40, 50, 810
+    assert rerank.choose(manifests, measured, (DROP,), 0.0).engine == "candidate-1"
+
+
+def test_with_a_cost_budget_the_worst_device_decides():
+    engines = [engine("baseline", 90.0, 9.0), engine("candidate-1", 91.0, 1.0), engine("candidate-2", 90.5, 1.0)]
+    manifests, measured = {e[0].name: e[0] for e in engines}, [e[1] for e in engines]
+    budgets = (Budget(metric="latency_ms", bound=2.0, target=TARGET.id),)
+    of_some = {"candidate-1": [there(69.0, 9.0, baseline=70.0)], "candidate-2": [there(70.0, 9.0, baseline=70.0)]}  # on fewer samples
+    found = {"baseline": [there(90.0, 9.0)], **of_some}
+    assert rerank.choose(manifests, measured, budgets, 0.0, found).engine == "candidate-2"  # one point is lost there by the other
+    assert rerank.choose(manifests, measured, budgets, 0.0).engine == "candidate-1"
+
+
+def test_candidates_worth_building_are_so_on_every_device():
+    def shared(number, here, pi):
+        latency = Interval(value=pi[1], low=0.0, high=99.0, unit="ms")
+        elsewhere = Elsewhere(target="pi", score=score(pi[0]), latency=latency, size_bytes=1)
+        return msgspec.structs.replace(evaluation(number, *here), elsewhere=(elsewhere,))
+
+    found = front(shared(1, (90.0, 1.0), (88.0, 1.0)), shared(2, (90.0, 2.0), (90.0, 5.0)), shared(3, (90.0, 3.0), (89.5, 3.0)))
+    assert numbers(rerank.select(found, score(90.0), 9, 0.0)) == [3, 2]  # 9 and 10 ms²; the first loses two points on the second device
 
 
 def test_the_correction_is_the_median_ratio_of_what_was_predicted():

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from nascompile import space as spaces
+from nascompile import records, space as spaces
 from nascompile.errors import RecipeError
 from nascompile.records import FLOAT32, INT8, WEIGHT_INT8, Candidate, Gene, SearchSpace
 
@@ -116,6 +116,51 @@ def test_each_target_has_precisions_of_its_own_but_one_architecture():
     assert point.precision_of("embedding.precision", "cpu") == "fp32"
     assert point.precision_of("embedding.precision", "gpu") == "weight-int8"
     assert spaces.genome(space, point)["embedding.precision@1"] == "weight-int8"
+
+
+LEGAL = (("fp32", "int8", "weight-int8"), ("fp32", "weight-int8"))
+"""The second target knows no INT8 products."""
+
+
+def limited() -> SearchSpace:
+    return msgspec.structs.replace(make(("cpu", "gpu")), legal=LEGAL)
+
+
+def test_a_target_has_only_the_precisions_its_backend_knows():
+    space = limited()
+    want = {m for m in brute_force(2) if all(name == "fp32" for name in m[2][1][1])}
+    assert 0 < len(want) < len(brute_force(2))
+    points = list(spaces.enumerate_all(space))
+    assert {meaning(space, p) for p in points} == want
+    assert len(points) == len(want) == spaces.size(space)
+    rng = np.random.default_rng(0)
+    for point in (spaces.uniform(space), spaces.largest(space, "int8"), *(spaces.sample(space, rng) for _ in range(50))):
+        spaces.check(space, point)
+        assert spaces.decode(space, spaces.encode(space, point)) == point
+    cheapest = spaces.uniform(space)
+    assert cheapest.precision_of("layers.0.mlp.precision", "cpu") == "int8"
+    assert cheapest.precision_of("layers.0.mlp.precision", "gpu") == "fp32"
+    (first, genes), (second, others) = cheapest.precision
+    illegal = tuple((name, "int8" if name.startswith("layers.0") else value) for name, value in others)
+    with pytest.raises(RecipeError, match=r"layers\.0\.mlp\.precision@1 = int8 is not a choice"):
+        spaces.check(space, msgspec.structs.replace(cheapest, precision=((first, genes), (second, illegal))))
+
+
+def test_the_space_of_one_of_the_targets_is_the_one_it_would_have_alone():
+    space = limited()
+    assert spaces.of_targets(space, (0,)) == make(("cpu",))
+    alone = spaces.of_targets(space, (1,))
+    assert [g.name for g in alone.genes if g.kind == "precision"] == ["embedding.precision"]
+    assert alone.precisions == (FLOAT32, WEIGHT_INT8)
+    assert (alone.targets, alone.legal) == (("gpu",), ())
+    assert spaces.of_targets(space, (0, 1)) == space
+    assert spaces.of_targets(make(), (0,)) == make()
+
+
+def test_what_only_several_targets_have_is_in_no_record_of_one():
+    """The id of a space is a digest of what is written: journals and engines of earlier versions name it."""
+    assert b"legal" not in records.encode(make())
+    assert b"legal" in records.encode(limited())
 
 
 def test_samples_are_seeded_and_uniform_over_each_gene():

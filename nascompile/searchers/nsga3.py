@@ -1,0 +1,38 @@
+"""NSGA-III (Deb and Jain 2014): as NSGA-II, but survivors are spread over reference directions, for three objectives and more."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from pymoo.algorithms.moo.nsga3 import NSGA3
+from pymoo.util.ref_dirs import get_reference_directions
+
+from nascompile.records import Candidate, SearchSpace
+from nascompile.searchers.nsga2 import Nsga2Run
+
+
+class Nsga3Run(Nsga2Run):
+    def breeding(self, objectives: int, **settings: Any) -> Any:
+        """pymoo's algorithm with about as many directions as there are survivors."""
+        return NSGA3(ref_dirs=directions(objectives, settings["pop_size"]), **settings)
+
+
+def directions(objectives: int, most: int) -> np.ndarray[Any, Any]:
+    """Evenly spaced directions (n, objectives), at most `most` of them unless one for each objective is more (Das and Dennis 1998)."""
+    parts = 1
+    while math.comb(parts + objectives, objectives - 1) <= most:
+        parts += 1
+    found: np.ndarray[Any, Any] = get_reference_directions("das-dennis", objectives, n_partitions=parts)
+    return found
+
+
+class Nsga3:
+    name = "nsga3"
+
+    def start(self, space: SearchSpace, objectives: int, population: int, first: tuple[Candidate, ...], seed: int) -> Nsga3Run:
+        return Nsga3Run(space, objectives, population, first, seed)
+
+
+PLUGIN = Nsga3()

@@ -1,0 +1,131 @@
+"""A search for several devices: which they are, what bounds each, which can run here and where the latencies of the rest come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nascompile import latency_table, plugins, targets
+from nascompile.errors import RecipeError, TableError
+from nascompile.latency_table import Found
+from nascompile.records import Environment, Operator, Target
+from nascompile.settings import Recipe
+from nascompile.targets import label
+
+KIT = "on that device: `nascompile kit export` writes what times it there, `nascompile kit import` makes the table"
+
+
+@dataclass(frozen=True)
+class Further:
+    """A device of a search after the first."""
+
+    target: Target
+    absent: str
+    """Why its engines cannot run here, so that predictions of a stored table stand for measurements; empty: they can."""
+
+    @property
+    def backend(self) -> Any:
+        return plugins.get("backends", self.target.backend)
+
+    @property
+    def label(self) -> str:
+        return label(self.target)
+
+    @property
+    def file(self) -> str:
+        """Name of its files and folders in a run."""
+        return f"{self.target.device}-{self.target.backend}-t{self.target.threads}"
+
+    @property
+    def environment(self) -> Environment:
+        """Of this machine, for one that runs here."""
+        return environment_of(self.target)
+
+    def table(self, operators: Sequence[Operator], explicit: Path | None) -> Found:
+        """The stored table of one that is absent; TableError if there is none that has every operator."""
+        found = latency_table.stored(self.target, operators, explicit)
+        if found is None:
+            here = latency_table.of_device(self.target, explicit)
+            raise TableError(
+                f"no latency table of `{self.label}` fits this model and these sources, and it cannot run here: {self.absent}",
+                detail="\n".join(f"{path}: {_unfit(table.target, self.target)}" for path, table in here), hint=f"make one {KIT}",
+            )  # fmt: skip
+        if found.missing:
+            raise TableError(
+                f"the latency table of `{self.label}` lacks {len(found.missing)} of the network's operators, and it cannot run here: "
+                + self.absent,
+                detail="\n".join((str(found.path), *(operator.label for operator in found.missing))), hint=f"time them {KIT}",
+            )
+        return found
+
+
+def environment_of(target: Target) -> Environment:
+    """Of this machine, for a target that runs here."""
+    found: Environment = targets.device(target.device).environment(target, plugins.get("backends", target.backend).versions())
+    return found
+
+
+def further(recipe: Recipe, first: Target) -> tuple[Further, ...]:
+    """The devices that a recipe names after the first."""
+    explicit = tables_folder(recipe)
+    return tuple(Further(target, _absence(target, explicit)) for target in targets.several(first, recipe.also)[1:])
+
+
+def tables_folder(recipe: Recipe) -> Path | None:
+    """Where the recipe has tables looked for; one file is the first device's."""
+    path = Path(recipe.tables) if recipe.tables else None
+    return None if path is None or path.is_file() else path
+
+
+def check(recipe: Recipe, first: Target) -> None:
+    """RecipeError for a device named twice or a bound for none or no single one; TableError for one that nothing can be said of."""
+    others = further(recipe, first)
+    for other in others:
+        if other.absent and not latency_table.of_device(other.target, tables_folder(recipe)):
+            raise TableError(f"`{other.label}` cannot run here and has no latency table: {other.absent}", hint=f"make one {KIT}")
+    found = (first, *(other.target for other in others))
+    bounds = latencies(recipe, found)
+    if "worst_ratio" in recipe.search.objectives and (without := [label(t) for t in found if t.id not in bounds]):
+        raise RecipeError(
+            f"the worst ratio to a budget needs a latency budget for every device: none for {', '.join(without)}",
+            hint=" ".join(f"--latency-ms {name}=MS" for name in without),
+        )
+
+
+def latencies(recipe: Recipe, found: Sequence[Target]) -> dict[str, float]:
+    """Target id ▸ bound in ms; RecipeError for a device that is not searched for, or bounded twice."""
+    given = recipe.budgets.latency_ms
+    if not isinstance(given, dict):
+        return {} if given is None else {found[0].id: given}
+    bounds: dict[str, float] = {}
+    for text, bound in given.items():
+        target = targets.find(text, found) if text else found[0]
+        if target is None:
+            raise RecipeError(
+                f"a latency budget for a device that is not searched for: {text}", hint=f"this search is for {', '.join(map(label, found))}"
+            )
+        if target.id in bounds:
+            raise RecipeError(f"two latency budgets for {label(target)}", detail=", ".join(given), hint="give one")
+        bounds[target.id] = bound
+    return bounds
+
+
+def _absence(target: Target, explicit: Path | None) -> str:
+    """Why engines for a target cannot run here; empty if they can.
+
+    A profile does not say which machine it is of, its tables do: where all are of another processor, timing this one would be wrong.
+    """
+    reason = targets.absence(target)
+    if reason or target.device == targets.LOCAL:
+        return reason
+    there = latency_table.machines(table for _, table in latency_table.of_device(target, explicit))
+    here = latency_table.machine(environment_of(target))
+    return f"its tables were taken on {', '.join(there)}, this is {here}" if there and here not in there else ""
+
+
+def _unfit(there: Target, wanted: Target) -> str:
+    if there == wanted:
+        return "its graphs were made by other sources of nascompile"
+    return "made for another " + ", ".join(n for n in there.__struct_fields__ if getattr(there, n) != getattr(wanted, n))
