@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,6 +55,8 @@ BATCH_ROWS, BATCH_BYTES = 32, 2**30
 """Most rows, and most bytes of graph files, that are loaded at once."""
 NOISY = 0.1
 """A row whose median lies further above its tenth percentile than this fraction is timed once more, and flagged if it stays so."""
+ANCHORS = 4
+"""Operators at most that are timed in every window."""
 LEAST_QUIET = 3
 """Fewest undisturbed networks that fit the scale or give the interval; with fewer, the disturbed ones count too and widen it."""
 CANARY = 0.1
@@ -170,10 +172,11 @@ def profile(
     timing = share * (ROW_SECONDS * count + NETWORK_SECONDS * networks)
     progress.note(f"{count} of {len(wanted)} operators to time, then {networks} whole networks: {timing:.0f} s of timing, and building")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        references = _time_rows(bench, device, wanted, known, part, Path(scratch), ROW_SECONDS * share, progress)
+        anchors = Anchors(bench, wanted, known, Path(scratch))
+        references = _time_rows(bench, device, wanted, known, anchors, part, Path(scratch), ROW_SECONDS * share, progress)
         rows = tuple(known[o] for o in dict.fromkeys((*(r.operator for r in _rows_of(existing) if r.operator != CALL), *wanted)))
         table = LatencyTable(target=target, environment=environment, rows=rows, call=known[CALL].latency)
-        table, reference = _validate(bench, device, table, networks, Path(scratch), NETWORK_SECONDS * share, progress)
+        table, reference = _validate(bench, device, table, networks, anchors, Path(scratch), NETWORK_SECONDS * share, progress)
     spent = time.perf_counter() - began + (existing.seconds if existing else 0.0)
     part.unlink(missing_ok=True)
     return msgspec.structs.replace(table, drift=_drift([*references, reference]), seconds=spent)
@@ -215,32 +218,69 @@ def canary(
 
 
 def _time_rows(
-    bench: Bench, device: Device, wanted: Sequence[Operator], known: dict[Operator, TableRow], part: Path, scratch: Path,
+    bench: Bench, device: Device, wanted: Sequence[Operator], known: dict[Operator, TableRow], anchors: Anchors, part: Path, scratch: Path,
     seconds: float, progress: Progress,
 ) -> list[float]:  # fmt: skip
     """Adds a row to `known` and the journal for every operator that has none; the reference kernel's time in each window."""
-    lacking = [o for o in wanted if o not in known]
     if CALL not in known:
         _record(TableRow(operator=CALL, latency=_time_call(bench, device, wanted, scratch, seconds)), known, part)
+    lacking = [o for o in wanted if o not in known]
+    batches: list[list[Operator]] = list(_batches(bench, [o for o in lacking if o not in anchors.operators]))
+    if lacking and not batches:
+        batches = [[]]  # of the anchors alone
     references: list[float] = []
     label, done = "timing operators", 0
-    for batch in _batches(bench, lacking):
-        jobs = []
-        for number, operator in enumerate(batch, done):
+    for batch in batches:
+        progress.step("building operators", done, len(lacking))
+        operators, jobs = (*anchors.operators, *batch), [*anchors.jobs]
+        for number, operator in enumerate(batch, done + sum(o not in known for o in anchors.operators)):
             progress.step("building operators", number, len(lacking))
             jobs.append(bench.operator(operator, bench.copies(operator), scratch))
         progress.step(label, done, len(lacking))
-        found = device.time([device.reference(), *jobs], seconds=seconds * len(batch), seed=bench.seed)
+        found = device.time([device.reference(), *jobs], seconds=seconds * len(jobs), seed=bench.seed)
         references.append(found[0].value)
-        # windows are brought to the speed of the first: within one they already share the machine's state
-        pace = references[0] / references[-1]
+        pace = anchors.pace(found[1:], references[0] / references[-1])
         latencies = _quieter(device, jobs, found[1:], seconds, bench.seed)
-        for operator, latency in zip(batch, latencies, strict=True):
+        for operator, latency in [(o, q) for o, q in zip(operators, latencies, strict=True) if o not in known]:
             row = rescaled(latency, pace / bench.copies(operator), less=known[CALL].latency.value / pace)
             _record(TableRow(operator=operator, latency=row, noisy=latency_table.noise(latency) > NOISY), known, part)
-        done += len(batch)
+            done += 1
         progress.step(label, done, len(lacking))
     return references
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """Stacks that are timed in every window, which brings all windows to the speed that the machine had when the stacks' rows were timed.
+
+    A machine's speed wanders by several percent in minutes, and that of what streams weights wanders with what other machines do to a
+    shared cache: a kernel of a few kilobytes does not show it, a network's own operators do.
+    """
+
+    bench: Bench
+    wanted: Sequence[Operator]
+    known: Mapping[Operator, TableRow]
+    scratch: Path
+
+    @cached_property
+    def operators(self) -> tuple[Operator, ...]:
+        """The largest of each kind and precision that comes once per layer, the largest first."""
+        repeated = [o for o in self.wanted if o.kind in self.bench.repeated]
+        largest: dict[Any, Operator] = {}
+        for operator in sorted(repeated, key=lambda o: (-self.bench.family.macs(o), o.label)):
+            largest.setdefault((operator.kind, operator.precision.name), operator)
+        return tuple(largest.values())[:ANCHORS]
+
+    @cached_property
+    def jobs(self) -> tuple[Job, ...]:
+        return tuple(self.bench.operator(o, self.bench.copies(o), self.scratch) for o in self.operators)
+
+    def pace(self, found: Sequence[Quantity], otherwise: float = 1.0) -> float:
+        """Rows' time over time now, the geometric mean; `found` begins with the anchors' quantities. `otherwise`: if none has a row."""
+        call = self.known[CALL].latency.value
+        pairs = [(o, q.value) for o, q in zip(self.operators, found, strict=False) if o in self.known]
+        logs = [math.log((self.bench.copies(o) * self.known[o].latency.value + call) / now) for o, now in pairs]
+        return math.exp(sum(logs) / len(logs)) if logs else otherwise if not self.operators else 1.0
 
 
 def _quieter(device: Device, jobs: Sequence[Job], found: Sequence[Quantity], seconds: float, seed: int) -> list[Quantity]:
@@ -274,10 +314,11 @@ def _time_call(bench: Bench, device: Device, wanted: Iterable[Operator], scratch
 def _batches(bench: Bench, operators: Sequence[Operator]) -> Iterator[list[Operator]]:
     """Random batches that fit into memory together."""
     order = np.random.default_rng(bench.seed).permutation(len(operators))
+    most = math.ceil(len(operators) / max(1, math.ceil(len(operators) / BATCH_ROWS)))  # windows of two jobs are not like those of thirty
     batch: list[Operator] = []
     for i in order:
         full = sum(map(bench.bytes_of, batch)) + bench.bytes_of(operators[i]) > BATCH_BYTES
-        if batch and (full or len(batch) == BATCH_ROWS):
+        if batch and (full or len(batch) == most):
             yield batch
             batch = []
         batch.append(operators[i])
@@ -291,18 +332,17 @@ def _record(row: TableRow, known: dict[Operator, TableRow], part: Path) -> None:
 
 
 def _rows_of(table: LatencyTable | None) -> tuple[TableRow, ...]:
-    """Rows and the call of a table, its scale multiplied in."""
+    """Rows and the call of a table as they were timed: what is added is brought to their pace, and all get a new scale."""
     if table is None:
         return ()
-    rows = tuple(TableRow(operator=r.operator, latency=rescaled(r.latency, table.scale), noisy=r.noisy) for r in table.rows)
-    return rows if table.call is None else (*rows, TableRow(operator=CALL, latency=rescaled(table.call, table.scale)))
+    return table.rows if table.call is None else (*table.rows, TableRow(operator=CALL, latency=table.call))
 
 
 # ---------------------------------------------------------------------------------------------- whole networks
 
 
 def _validate(
-    bench: Bench, device: Device, table: LatencyTable, count: int, scratch: Path, seconds: float, progress: Progress
+    bench: Bench, device: Device, table: LatencyTable, count: int, anchors: Anchors, scratch: Path, seconds: float, progress: Progress
 ) -> tuple[LatencyTable, float]:
     """The table with scale, interval and residuals; and the reference kernel's time beside the networks."""
     picked = pick(bench, table, count)
@@ -313,8 +353,11 @@ def _validate(
     label = "timing whole networks"
     progress.note(f"timing {len(picked)} whole networks side by side for about {seconds * len(picked):.0f} s")
     progress.step(label, 0, len(picked))
-    reference, *first = device.time([device.reference(), *jobs], seconds=seconds * len(picked), seed=bench.seed)
-    found = _quieter(device, jobs, first, seconds, bench.seed)
+    all_jobs = [device.reference(), *anchors.jobs, *jobs]
+    reference, *beside = device.time(all_jobs, seconds=seconds * (len(all_jobs) - 1), seed=bench.seed)
+    pace = anchors.pace(beside)
+    first = beside[len(anchors.operators) :]
+    found = [rescaled(latency, pace) for latency in _quieter(device, jobs, first, seconds, bench.seed)]
     progress.step(label, len(picked), len(picked))
     calibration = _residuals(bench, table, picked[::2], found[::2])
     scaled = msgspec.structs.replace(table, calibration=calibration, scale=latency_table.fit_scale(_quiet(calibration)))

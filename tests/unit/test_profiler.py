@@ -188,20 +188,21 @@ def test_picked_networks_are_spread_over_latency(space, tmp_path):
 def test_a_killed_profile_times_only_what_is_left(space, tmp_path, monkeypatch):
     monkeypatch.setattr(profiler, "BATCH_ROWS", 3)
     killed = Device()
-    killed.fail_after = 2  # the call, and the first of three batches
+    killed.fail_after = 2  # the call, and the first of two batches
     with pytest.raises(KeyboardInterrupt):
         profile(space, tmp_path, killed)
     (part,) = tmp_path.glob("*.part")
     kept = [row.operator.label for row in journal.read(part, TableRow)]
-    assert len(kept) == 4
+    assert len(kept) == 6  # the call, two anchors, three of the other five
     assert kept[0].startswith("call")
     part.write_bytes(part.read_bytes() + b'{"data": {"operator": {"di')  # killed in the middle of a line
 
     device = Device()
     table = profile(space, tmp_path, device)
     again = [name for window in device.timed for name in window]
-    assert not set(again) & set(kept[1:])
-    assert device.windows == 3, "two batches and the networks"
+    assert not set(again) & set(kept[3:])
+    assert set(kept[1:3]) <= set(again), "the anchors are timed in every window"
+    assert device.windows == 2, "one batch and the networks"
     assert table.rows == profile(space, tmp_path / "other", Device()).rows
     assert not list(tmp_path.glob("*.part"))
 
@@ -219,12 +220,12 @@ def test_part_of_another_environment_is_not_used(space, tmp_path):
 def test_existing_rows_are_kept_and_only_missing_ones_timed(space, tmp_path):
     full = profile(space, tmp_path, Device())
     rows = tuple(r for r in full.rows if r.operator.kind != "head")
-    device = Device(pace=lambda window: 1.5 if window > 1 else 1.0)
+    device = Device(pace=lambda window: 1.5)
     table = profile(space, tmp_path, device, existing=msgspec.structs.replace(full, rows=rows, scale=2.0))
     assert device.timed[0][0] == "reference"
-    assert [n[:4] for n in device.timed[0][1:]] == ["head"]
-    got = values(table)
-    assert all(got[row.operator] == pytest.approx(2 * row.latency.value) for row in rows), "the old scale goes into the old rows"
+    assert [n[:4] for n in device.timed[0][1:]] == ["mlp ", "mlp ", "head"]
+    assert values(table) == pytest.approx(values(full)), "new rows are brought to the pace of the old ones"
+    assert (table.scale, table.call) == (1.0, full.call), "and the networks that give a new scale"
     with pytest.raises(TableError, match="other cpu"):
         profile(space, tmp_path, Device(machine="B"), existing=full)
 
@@ -239,7 +240,7 @@ def test_a_killed_extension_times_only_what_is_left(space, tmp_path, monkeypatch
         profile(space, tmp_path, killed, existing=few)
     device, told = Device(), Told()
     table = profile(space, tmp_path, device, existing=few, progress=told)
-    assert [len(window) - 1 for window in device.timed] == [2, profiler.NETWORKS]
+    assert [len(window) - 1 for window in device.timed] == [2 + 2, 2 + profiler.NETWORKS]
     assert told.notes[0].startswith("2 of 7 operators to time, then 10 whole networks: ")
     assert values(table) == pytest.approx(values(full))
 
@@ -261,8 +262,8 @@ def test_every_step_of_a_profile_is_told_with_its_number(space, tmp_path, monkey
     monkeypatch.setattr(profiler, "BATCH_ROWS", 3)
     told = Told()
     profile(space, tmp_path, Device(), networks=4, progress=told)
-    assert [step[1:] for step in told.steps if step[0] == "building operators"] == [(n, 7) for n in range(7)]
-    assert [step[1:] for step in told.steps if step[0] == "timing operators"] == [(n, 7) for n in (0, 3, 3, 6, 6, 7)]
+    assert [step[1:] for step in told.steps if step[0] == "building operators"] == [(n, 7) for n in (0, 2, 3, 4, 5, 5, 6)]
+    assert [step[1:] for step in told.steps if step[0] == "timing operators"] == [(n, 7) for n in (0, 5, 5, 7)]
     assert [step[1:] for step in told.steps if step[0] == "building whole networks"] == [(n, 4) for n in range(4)]
     assert [step[1:] for step in told.steps if step[0] == "timing whole networks"] == [(0, 4), (4, 4)]
     whole = profiler.ROW_SECONDS * 7 + profiler.NETWORK_SECONDS * 4

@@ -3,9 +3,13 @@
     python tools/benchmarks/table_accuracy.py --json
     python tools/benchmarks/table_accuracy.py --cells vit_demo:mixed minilm:int8
 
-A cell is model:precision. Its networks are fresh: half of them spread evenly over predicted latency, half from the front of a search for
+A cell is MODEL:PRECISION. Its networks are fresh: half of them spread evenly over predicted latency, half from the front of a search for
 low predicted latency and a random, monotone quality (a search picks what the table flatters). Random weights: speed does not depend on
 them. Measured and predicted are milliseconds of one call at batch 1; errors are in percent of the measured value.
+
+A shared machine's speed wanders by several percent within minutes, and a table speaks of the speed it was taken at. So a few of the table's
+operators are timed again beside every window of networks (`profiler.Anchors`, as the profile itself does), and what is measured is brought to
+the table's pace; regressions get the same. `pace` is that factor, `mape_as_timed` the error without it.
 
 Ways to predict, all of them given the same networks: `table` (what nascompile uses), `uncalibrated` (the same without its scale),
 `isolated` (every operator timed alone in a hot loop, summed), `profiler` (ONNX Runtime's own profile of the stacks, summed), and, fitted to
@@ -36,7 +40,7 @@ from sklearn.linear_model import RidgeCV
 from transformers import BertConfig, ViTConfig
 
 from nascompile import latency_table, models, network, pareto, plugins, profiler, records, space as spaces, targets
-from nascompile.records import Candidate, LatencyTable, SearchSpace, digest, write_atomic
+from nascompile.records import Candidate, LatencyTable, SearchSpace, TableRow, digest, write_atomic
 
 DEMO = Path(__file__).resolve().parents[2] / "nascompile" / "demo" / "model"
 _SMALL = {"hidden_size": 384, "intermediate_size": 1536}
@@ -146,17 +150,31 @@ def isolated(case: Case, table: LatencyTable) -> list[float]:
     """Milliseconds of every row's operator alone in a hot loop."""
     with tempfile.TemporaryDirectory(dir=case.folder) as scratch:
         jobs = [case.bench.operator(row.operator, 1, Path(scratch)) for row in table.rows]
-        return [case.device.time([job], seconds=profiler.ROW_SECONDS / 2, seed=0)[0].value for job in jobs]
+        before = _pace(case, table)
+        found = [case.device.time([job], seconds=profiler.ROW_SECONDS / 2, seed=0)[0].value for job in jobs]
+        return [ms * (before + _pace(case, table)) / 2 for ms in found]
+
+
+def _anchors(case: Case, table: LatencyTable, scratch: Path) -> profiler.Anchors:
+    known = {row.operator: row for row in table.rows} | {profiler.CALL: TableRow(operator=profiler.CALL, latency=table.call)}
+    return profiler.Anchors(case.bench, [row.operator for row in table.rows], known, scratch)
+
+
+def _pace(case: Case, table: LatencyTable) -> float:
+    """The table's time over time now."""
+    with tempfile.TemporaryDirectory(dir=case.folder) as scratch:
+        anchors = _anchors(case, table, Path(scratch))
+        return anchors.pace(case.device.time(anchors.jobs, seconds=len(anchors.jobs) * profiler.ROW_SECONDS, seed=0))
 
 
 def profiled(case: Case, table: LatencyTable) -> list[float]:
     """Milliseconds that ONNX Runtime's profiler gives the nodes of every row's stack, for one copy: each node's tenth percentile."""
-    found = []
+    found, before = [], _pace(case, table)
     for row in table.rows:
         with tempfile.TemporaryDirectory(dir=case.folder) as scratch:
             copies = case.bench.copies(row.operator)
             found.append(_profile(case, row.operator, copies, Path(scratch)) / copies)
-    return found
+    return [ms * (before + _pace(case, table)) / 2 for ms in found]
 
 
 def _profile(case: Case, operator: Any, copies: int, scratch: Path) -> float:
@@ -233,20 +251,23 @@ def _gene(space: SearchSpace, slot: str) -> str:
     return spaces.slot_gene(space, slot).name
 
 
-def measure(case: Case, points: Sequence[Candidate], seconds: float) -> list[list[float]]:
-    """Two timings of every network, in different windows: what is measured and what it is worth."""
-    found: list[list[float]] = []
+def measure(case: Case, table: LatencyTable, points: Sequence[Candidate], seconds: float, windows: int = 2) -> list[list[list[float]]]:
+    """(milliseconds, pace) of every network in each of some windows, the first being what is measured."""
+    found: list[list[list[float]]] = []
     per = 4 * sum(int(np.prod(shape)) for shape in case.family.parameters(case.config).values())
     size = max(4, LOADED_BYTES // per)
     for start in range(0, len(points), size):
         part = points[start : start + size]
         with tempfile.TemporaryDirectory(dir=case.folder) as scratch:
-            jobs = [case.bench.network(point, Path(scratch)) for point in part]
-            both = [
-                profiler._quieter(case.device, jobs, case.device.time(jobs, seconds=seconds * len(jobs), seed=s), seconds, s)
-                for s in (SEED, SEED + 1)
-            ]
-            found += [[a.value, b.value] for a, b in zip(*both, strict=True)]
+            anchors = _anchors(case, table, Path(scratch))
+            jobs = [*anchors.jobs, *(case.bench.network(point, Path(scratch)) for point in part)]
+            timed = []
+            for seed in range(SEED, SEED + windows):
+                first = case.device.time(jobs, seconds=seconds * len(jobs), seed=seed)
+                pace, beside = anchors.pace(first), len(anchors.jobs)
+                quiet = profiler._quieter(case.device, jobs[beside:], first[beside:], seconds, seed)
+                timed.append([[quantity.value, pace] for quantity in quiet])
+            found += [list(both) for both in zip(*timed, strict=True)]
     return found
 
 
@@ -308,15 +329,18 @@ def cell_row(case: Case, table: LatencyTable, precision: str, measured: dict[str
     """A row of the result, and under `rivals` the same errors of the other ways."""
     half = len(measured["stratified"])
     points = [msgspec.convert(p, Candidate) for p in (*measured["stratified"], *measured["front"])]
-    times = np.array(measured["ms"])
-    actual = times[:, 0]
+    times = np.array(measured["ms"])  # (networks, windows, (milliseconds, pace))
+    paced = times[:, :, 0] * times[:, :, 1]
+    actual = paced[:, 0]
     intervals = [case.predicted(table, p) for p in points]
     inside = [low.low <= ms <= low.high for low, ms in zip(intervals, actual, strict=True)]
     row: dict[str, Any] = {"family": case.model, "precision": precision, "n": len(points)}
-    row |= _errors(actual, np.array([ways["table"](p) for p in points]), half)
+    predicted = np.array([ways["table"](p) for p in points])
+    row |= _errors(actual, predicted, half)
     row |= {
         "interval_coverage": float(np.mean(inside)), "interval": 100 * table.relative_error, "inside": int(sum(inside)),
-        "noise_floor": 100 * float(np.mean(np.abs(times[:, 1] / times[:, 0] - 1))), "rows": len(table.rows),
+        "noise_floor": 100 * float(np.mean(np.abs(paced[:, 1] / paced[:, 0] - 1))), "rows": len(table.rows),
+        "pace": float(times[:, 0, 1].mean()), "mape_as_timed": _errors(times[:, 0, 0], predicted, half)["mape"],
         "profile_seconds": table.seconds, "drift": 100 * table.drift, "scale": table.scale,
         "fastest_ms": float(actual.min()), "slowest_ms": float(actual.max()),
         "rivals": {n: _errors(actual, np.array([way(p) for p in points]), half) for n, way in ways.items() if n != "table"},
@@ -377,8 +401,8 @@ def run_model(case: Case, precisions: Sequence[str], count: int, seconds: float,
     said("operators alone and profiled")
     amount = len(table.rows) + len(table.calibration) + len(table.validation)
     points = training_networks(case, table, amount)
-    kept = case.folder / f"training-{amount}.json"
-    training = _kept(kept, fresh, lambda: [ms for ms, _ in measure(case, points, seconds / 2)])
+    kept = case.folder / f"training-{amount}-{of_table}.json"
+    training = _kept(kept, fresh, lambda: [ms * pace for ((ms, pace),) in measure(case, table, points, seconds / 2, 1)])
     said(f"{len(points)} networks for regressions")
     ways, found = predictors(case, table, rows, (points, training)), []
     for precision in precisions:
@@ -386,7 +410,7 @@ def run_model(case: Case, precisions: Sequence[str], count: int, seconds: float,
 
         def make(precision: str = precision) -> dict[str, Any]:
             stratified, front = fresh_networks(case, table, precision, count)
-            return {"stratified": stratified, "front": front, "ms": measure(case, [*stratified, *front], seconds)}
+            return {"stratified": stratified, "front": front, "ms": measure(case, table, [*stratified, *front], seconds)}
 
         found.append(cell_row(case, table, precision, _kept(path, fresh, make), ways))
         said(f"{precision}: MAPE {found[-1]['mape']:.2f} %")
@@ -433,6 +457,7 @@ def _show(content: dict[str, Any]) -> None:
         print(f"{row['family']} {row['precision']}, {row['n']} networks of {row['fastest_ms']:.2f} to {row['slowest_ms']:.2f} ms:")
         print(f"  MAPE {row['mape']:.2f} %, within 5 % {row['within_5']:.2f}, τ {row['kendall_tau']:.3f}")
         print(f"  on the front {row['front_signed_error']:+.2f} %; the same networks again: {row['noise_floor']:.2f} %")
+        print(f"  pace {row['pace']:.3f}, MAPE as timed {row['mape_as_timed']:.2f} %, scale {row['scale']:.3f}")
         print(f"  {row['interval_coverage']:.2f} inside ±{row['interval']:.1f} %")
         print("  MAPE of " + ", ".join(f"{name} {errors['mape']:.2f}" for name, errors in row["rivals"].items()))
     print(content["summary"])
