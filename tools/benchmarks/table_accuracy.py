@@ -7,9 +7,9 @@ A cell is MODEL:PRECISION. Its networks are fresh: half of them spread evenly ov
 low predicted latency and a random, monotone quality (a search picks what the table flatters). Random weights: speed does not depend on
 them. Measured and predicted are milliseconds of one call at batch 1; errors are in percent of the measured value.
 
-A shared machine's speed wanders by several percent within minutes, and a table speaks of the speed it was taken at. So a few of the table's
-operators are timed again beside every window of networks (`profiler.Anchors`, as the profile itself does), and what is measured is brought to
-the table's pace; regressions get the same. `pace` is that factor, `mape_as_timed` the error without it.
+A shared machine's speed wanders by several percent within minutes, and a table speaks of the speed it was taken at. So some of the
+table's operators are timed again beside every window of networks (`profiler.Anchors`, as in the profile itself), and what is measured is
+brought to the table's pace; regressions get the same. `pace` is that factor, `mape_as_timed` the error without it.
 
 Ways to predict, all of them given the same networks: `table` (what nascompile uses), `uncalibrated` (the same without its scale),
 `isolated` (every operator timed alone in a hot loop, summed), `profiler` (ONNX Runtime's own profile of the stacks, summed), and, fitted to
