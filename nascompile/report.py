@@ -500,7 +500,7 @@ def _devices(records: RunRecords) -> Json:
     for number, target in enumerate(found):
         members = {s.evaluation.candidate for s in own[number]}
         further = records.further.get(target.id)
-        table = further.table if further else records.table
+        table = (further.table if further else None) if number else records.table
         rows.append(
             {
                 "label": label(target), "first": number == 0, "absent": dict(front.absent).get(target.id, ""),
@@ -546,7 +546,7 @@ def _chosen_there(records: RunRecords, target: Target, number: int, shared: Eval
     if records.choice is None:
         return None
     further = records.further.get(target.id)
-    measurements = further.measurements if further else records.measurements
+    measurements = (further.measurements if further else {}) if number else records.measurements
     if m := measurements.get(records.choice.engine):
         score = _score_facts(m.score) if m.score else None
         latency = {"latency_ms": m.latency.quantile(0.5), "low": None, "high": None}

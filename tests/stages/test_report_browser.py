@@ -188,6 +188,9 @@ def test_so_are_those_of_two_devices(browser: Browser, shared_page: Path, size: 
     assert names == ["scored", "front of this device", "shared front", "chosen network"]
     facts = json.loads((shared_page.parent / "report.json").read_text())["devices"]["devices"][1]
     assert browser.evaluate("document.getElementById('plot-device-1').data[1].x") == [p["latency_ms"] for p in facts["front"]]
+    assert [d["chosen"]["kind"] for d in json.loads((shared_page.parent / "report.json").read_text())["devices"]["devices"]] == [
+        "measured", "predicted",
+    ]  # fmt: skip
     assert "not here, so predicted: its tables were taken on Cortex-A72" in browser.evaluate("document.body.textContent")
 
 

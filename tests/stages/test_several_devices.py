@@ -15,11 +15,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nascompile import cli, engine, pipeline, report, targets
+from nascompile import cli, engine, pipeline, report, space as spaces, targets
 from nascompile.accuracy import Evaluator
 from nascompile.errors import BudgetError, TableError, UnsupportedError
 from nascompile.journal import read as read_journal
+from nascompile.progress import Silent
 from nascompile.records import Candidate, Choice, EngineManifest, Evaluation, Front, LatencyTable, Measurement, load
+from nascompile.scoring import Loaded, score_engine
 from nascompile.settings import Budgets, Recipe
 
 INTS, FLOATS, FAR = "ints", "floats", "far"
@@ -311,6 +313,23 @@ def test_a_candidate_is_built_for_the_device_it_is_asked_for(run: Path) -> None:
     kept = invoke("build", run, "--candidate", number, "--device", f"{FLOATS}:fake:1", "--keep-intermediate")
     assert kept.exit_code == 0, kept.stderr
     assert (folder.with_name(f"{folder.name}.graphs")).is_dir()
+
+
+def test_an_engine_is_calibrated_for_the_precisions_of_its_own_device(run: Path, shared: Recipe) -> None:
+    """FP32 on the first device needs no ranges, INT8 on the second has to find its own."""
+    context = pipeline.Context(shared, run, Silent(), pipeline.Given())
+    (f,) = context.further
+    genes = {slot: spaces.slot_gene(context.space, slot) for slot in spaces.gene_names(context.space)}
+    point = spaces.candidate(context.space, {slot: gene.choices[-1 if "@" in slot else 0] for slot, gene in genes.items()})
+    assert {value for _, value in point.precision[0][1]} == {"fp32"}
+    assert {value for _, value in point.precision[1][1]} == {"int8"}
+    folder = run / "engines" / "front-9"
+    context.build_there(f, folder.name, "candidate", "supernet", point, folder)
+    emulated = context.sources["supernet"].evaluator.on(f.target.id).score(point)
+    validation = context.split("validation", "scores")
+    built = score_engine(Loaded.open(folder), validation, context.task, context.metric, run / "scores")
+    assert built.n == emulated.n == 400
+    assert abs(built.value - emulated.value) <= 1.0  # four samples on an edge of the grid may fall to the other side
 
 
 def test_the_commands_take_several_devices(finished: Path) -> None:
