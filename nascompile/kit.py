@@ -33,6 +33,7 @@ from nascompile.passes import PassContext
 from nascompile.progress import Progress
 from nascompile.records import (
     FLOAT16,
+    INT8,
     Candidate,
     Environment,
     Operator,
@@ -177,7 +178,7 @@ class Form:
 
     def supports(self, precision: Precision) -> str:
         """OpenVINO has no exact form for processors without VNNI, whatever this machine has."""
-        if self.name == "openvino" and precision.accumulation.kind == "int":
+        if self.name == "openvino" and precision == INT8:
             return "" if self.integers == PLAIN else "openvino's integer products are inexact on x86 without VNNI"
         return self.judge.supports(precision)
 
@@ -248,7 +249,6 @@ class _Writing(profiler.Bench):
     """A bench that keeps what it builds instead of loading it; a job's runner is a made-up latency in ms."""
 
     kit: Path
-    provider: str
     graphs: dict[str, KitGraph] = field(default_factory=dict)
 
     def operator(self, operator: Operator, repeat: int, scratch: Path) -> Job:
@@ -271,9 +271,9 @@ class _Writing(profiler.Bench):
         """Store the graph without its weights."""
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             names = self.backend.build(model, self.target, Path(folder))
-            folder_there = self.kit / "graphs" / name
-            folder_there.mkdir(parents=True)
-            parts = tuple(_store_cut(Path(folder), part, folder_there, _cuts(Path(folder), part, model)) for part in names)
+            stored = self.kit / "graphs" / name
+            stored.mkdir(parents=True)
+            parts = tuple(_store_cut(Path(folder), part, stored, _cuts(Path(folder), part, model)) for part in names)
         highs = {spec.name: spec.high for spec in self.family.inputs(self.config)}
         inputs = tuple(
             KitInput(name=n, dtype=str(array.dtype), shape=tuple(array.shape), high=highs.get(n, 0))
@@ -353,7 +353,7 @@ def export(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".part", dir=out.parent) as scratch:
         kit = Path(scratch) / "kit"
         kit.mkdir()
-        bench = _Writing(family, config, space, target, form, Path(scratch) / "work", seed, kit, provider)
+        bench = _Writing(family, config, space, target, form, Path(scratch) / "work", seed, kit)
         device = _Rehearsal()
         profiler.fill(bench, device, _Building(progress), seconds=seconds, networks=networks)
         if provider != "cpu":

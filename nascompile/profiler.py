@@ -29,7 +29,6 @@ from nascompile.latency_table import rescaled
 from nascompile.progress import Progress, Silent
 from nascompile.quantization import ActivationRanges
 from nascompile.records import (
-    FLOAT32,
     Candidate,
     LatencyTable,
     Operator,
@@ -267,7 +266,7 @@ def _time_call(bench: Bench, device: Device, wanted: Iterable[Operator], scratch
 
     The cheapest block, because its caches and its noise are the smallest part of the difference.
     """
-    blocks = [o for o in wanted if o.kind in bench.repeated and o.precision == FLOAT32]
+    blocks = [o for o in wanted if o.kind in bench.repeated and o.precision.weights.kind == "float"]
     if not blocks:
         return Quantity(value=0.0, unit="ms", kind="modelled")
     cheapest = sorted(blocks, key=lambda o: (bench.family.macs(o), o.label))[:2]

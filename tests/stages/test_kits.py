@@ -187,6 +187,7 @@ def test_a_kit_for_a_gpu_has_standard_graphs_that_run(provider: str, elsewhere: 
     assert {p.name for p in manifest.space.precisions} == {"fp16", "int8-symmetric"}
     assert dict(manifest.target.session)["provider"] == provider
     assert manifest.packages[0] == "onnxruntime-gpu"
+    assert [len(w.graphs) for w in manifest.windows if not w.reference] == [4], "the cost of a call, from stacks of FP16"
     done = timed(bare_python(elsewhere / "kit" / "run_kit.py", "--check", "--provider", "cpu"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": runs") == len(manifest.graphs)
