@@ -59,6 +59,8 @@ app = typer.Typer(
 )
 tables = typer.Typer(help="Latency tables: show, validate, compare, merge, export.", no_args_is_help=True)
 app.add_typer(tables, name="table")
+kits = typer.Typer(help="Kits: fill a latency table on a device that is not here.", no_args_is_help=True)
+app.add_typer(kits, name="kit")
 
 
 def main() -> None:
@@ -592,6 +594,83 @@ def _print_rich(tables: Sequence[Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else COLUMNS)
     for table in tables:
         console.print(table)
+
+
+# ---------------------------------------------------------------------------------------------- kits
+
+
+@kits.command("export")
+def kit_export(
+    out: Annotated[Path, typer.Option("--out", help="Folder or .zip file to write; not there yet.", metavar="FOLDER|ZIP")],
+    run: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="Run folder whose model and data are meant.", show_default=False)
+    ] = None,
+    model: Annotated[str, typer.Option("--model", help="Without RUN: model, as for `nascompile run`.", metavar="ID|FOLDER")] = "",
+    device: Annotated[str, typer.Option("--device", help="Device the kit is for; it has a profile.", metavar="NAME")] = "cpu",
+    backend: Annotated[str, typer.Option("--backend", help="onnxruntime or openvino; default: the device's first.", metavar="NAME")] = "",
+    provider: Annotated[str, typer.Option("--provider", help="Of onnxruntime: cpu, cuda, tensorrt.", metavar="NAME")] = "cpu",
+    processor: Annotated[
+        str, typer.Option("--processor", help="Integer products for: any, vnni, arm, here.", metavar="KIND", show_default="any")
+    ] = "",
+    threads: Annotated[int | None, typer.Option("--threads", help="Threads of one engine.", metavar="N", show_default="1")] = None,
+    max_length: Annotated[int, typer.Option("--max-length", help="Without RUN: tokens per text.", metavar="N", show_default=False)] = 0,
+    labels: Annotated[int, typer.Option("--labels", help="Without RUN: labels of a new head.", metavar="N", show_default=False)] = 0,
+    networks: Annotated[int, typer.Option("--networks", help="Whole networks that calibrate and validate.", metavar="N")] = 10,
+    seconds: Annotated[float, typer.Option("--seconds", help="Timing in all; 0: 0.4 an operator.", metavar="S")] = 0.0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of everything drawn at random.", metavar="N", show_default="0")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write graphs of every operator and a script that times them with NumPy and the runtime alone."""
+    import msgspec
+
+    from nascompile import kit, pipeline, records, settings
+
+    if (run is None) == (not model):
+        raise RecipeError("a kit is for one model: name a run folder or a --model", hint="nascompile kit export --model ID --out FOLDER")
+    faults = [f"--{name} {value}" for name, value in (("networks", networks), ("max-length", max_length), ("labels", labels)) if value < 0]
+    faults += [f"--seconds {seconds}"] * (not 0 <= seconds < 1e6) + [f"--networks {networks}"] * (networks == 0)
+    if faults:
+        raise RecipeError(f"out of range: {', '.join(faults)}", hint="nascompile kit export --help")
+    recipe = records.load(run / "recipe.json", settings.Recipe) if run else _defaults({"model": model})
+    changed = {"device": device, "backend": backend, "threads": threads or recipe.threads, "seed": recipe.seed if seed is None else seed}
+    recipe = msgspec.structs.replace(recipe, **({"model": model} if model else {}), **changed)
+    with _progress(quiet) as progress, redirect_stdout(sys.stderr):
+        made = pipeline.export_kit(
+            recipe, run, out, progress, provider=kit.provider(provider), processor=processor, max_length=max_length, labels=labels,
+            seconds=seconds, networks=networks,
+        )  # fmt: skip
+    stored = sum(size for _, _, size in made.files)
+    facts = {"rows": made.rows, "graphs": len(made.graphs), "bytes": stored, "seconds": sum(w.seconds for w in made.windows)}
+    if as_json:
+        return _print_json({"kit": str(out), **facts, "integers": made.integers})
+    typer.echo(f"{out}: {made.rows} operators, {len(made.graphs)} graphs, {stored / 1e6:.1f} MB, about {facts['seconds']:.0f} s of timing")
+    unpack = f"unpack {out.name}, then " if out.suffix == ".zip" else ""
+    typer.echo(f"on {made.target.device}: {unpack}python3 run_kit.py (needs {' and '.join(made.packages)})", err=True)
+
+
+@kits.command("import")
+def kit_import(
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="results.json, or the folder or .zip file it is in.")],
+    kit: Annotated[
+        Path | None, typer.Option("--kit", help="The kit as it was exported; default: beside the results.", metavar="FOLDER|ZIP")
+    ] = None,
+    folder: Annotated[Path | None, typer.Option("--tables", help="Folder to write to.", metavar="FOLDER")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check what came back from a device and make its latency table; print the path."""
+    from nascompile import pipeline
+
+    with _progress(quiet) as progress, redirect_stdout(sys.stderr):
+        path, table = pipeline.import_kit(results, kit, folder, progress)
+    noisy = sum(row.noisy for row in table.rows)
+    if as_json:
+        return _print_json({"table": str(path), "rows": len(table.rows), "noisy": noisy, "relative_error": table.relative_error})
+    typer.echo(path)
+    emulated = "; EMULATED: these times are not real" if dict(table.environment.must_match).get("emulated") else ""
+    typer.echo(f"{len(table.rows)} rows ({noisy} noisy), 90 % interval ± {table.relative_error:.1%}{emulated}", err=True)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------- engines

@@ -243,6 +243,20 @@ def retarget(
     return other, spaces.candidate(other, spaces.genome(space, point) | fixed)
 
 
+def half_space(family: Family, config: Any, space: SearchSpace) -> SearchSpace:
+    """The space with FP16 in place of FP32, for which then every block has a gene: a graph has one kind of floats."""
+    own = {gene.name: gene for gene in space.genes}
+    depth = {"depth": tuple(int(choice) for choice in own["depth"].choices)} if "depth" in own else {}
+    genes = [gene for gene in space.genes if gene.kind == "architecture"]
+    for segment in family.segments(config):
+        name = precision_gene(segment)
+        choices = own[name].choices[1:] if name in own else ()
+        requires = _requires(depth, space.layer_order, segment.layer)
+        genes.append(Gene(name=name, kind="precision", choices=(FLOAT16.name, *choices), requires=requires))
+    precisions = (FLOAT16, *(p for p in space.precisions if p != FLOAT32))
+    return msgspec.structs.replace(space, genes=tuple(genes), precisions=precisions)
+
+
 def moved(space: SearchSpace, point: Candidate, target: Target) -> tuple[SearchSpace, Candidate]:
     """The same point with the same precisions, its genes keyed by another target: one of another backend or with another session."""
     other = msgspec.structs.replace(space, targets=(target.id,), legal=())

@@ -25,6 +25,8 @@ from nascompile import (
     data,
     finetune,
     journal,
+    kit,
+    kit_import,
     latency_table,
     lowering,
     measure,
@@ -32,6 +34,7 @@ from nascompile import (
     network,
     plugins,
     profiler,
+    remote,
     report,
     rerank,
     scoring,
@@ -56,6 +59,7 @@ from nascompile.records import (
     Choice,
     Differences,
     EngineManifest,
+    Environment,
     Evaluation,
     ForeignUse,
     Front,
@@ -121,12 +125,17 @@ def run(recipe: Recipe, out: Path, *, until: str = STAGES[-1], progress: Progres
     if not team.leads:
         return _assist(team, out, given)
     with team.leading():
-        _check_target(recipe)
+        _check_target(recipe, until)
         _lead(team, recipe, out, until, progress, given)
 
 
-def _check_target(recipe: Recipe) -> None:
-    """Refuses, before any work, a device that is unknown and one that nothing can be searched for."""
+def _check_target(recipe: Recipe, until: str) -> None:
+    """Refuses, before any work, a device that is unknown, one that nothing can be searched for, and one where no engine can be run."""
+    if targets.load_profile(recipe.device).transport and STAGES.index(until) > STAGES.index("search"):
+        raise UnsupportedError(
+            f"`{recipe.device}` is not here, and its engines cannot be measured from here yet",
+            hint=f"`nascompile search --device {recipe.device}` goes as far as that: profiles there, searches here",
+        )
     first = targets.make(recipe.device, recipe.backend, Workload(), recipe.threads)
     found = targets.several(first, recipe.also)
     backends = [plugins.get("backends", target.backend) for target in found]
@@ -319,7 +328,14 @@ class Context:
         return plugins.get("backends", self.target.backend)
 
     @cached_property
+    def transport(self) -> str:
+        """How a device is reached that is not here; empty for one that is."""
+        return targets.load_profile(self.recipe.device).transport
+
+    @cached_property
     def environment(self) -> Any:
+        if self.transport:  # it is asked what it is when there is something to time: a finished profile needs no connection
+            return self.transport
         return self.device.environment(self.target, self.backend.versions()).must_match
 
     @cached_property
@@ -431,10 +447,15 @@ class Context:
     def _profile(self) -> list[Path]:
         shared = self.space_of(self.config, ())
         explicit = Path(self.recipe.tables) if self.recipe.tables else None
-        table = self._table(spaces.of_targets(shared, (0,)), self.target, self.backend, self.device, explicit)
+        own = spaces.of_targets(shared, (0,))
+        if self.transport:
+            table, environment = self._profile_there(own)
+        else:
+            table = self._table(own, self.target, self.backend, self.device, explicit)
+            environment = self.device.environment(self.target, self.backend.versions())
         save(table, self.out / "table.json")
         self.progress.note(f"{len(table.rows)} operators, 90 % interval ±{100 * table.relative_error:.1f} %")
-        written, folder = [self.out / "table.json", *self._note_foreign(table)], several.tables_folder(self.recipe)
+        written, folder = [self.out / "table.json", *self._note_foreign(table, environment)], several.tables_folder(self.recipe)
         for number, f in enumerate(self.further, 1):
             if f.absent:
                 self.progress.note(f"{f.label} cannot run here, predictions of its table stand for measurements: {f.absent}")
@@ -488,14 +509,46 @@ class Context:
         if any(operator.kind in layers for operator in operators if operator not in found.missing):
             profiler.canary(found.table, self.family, self.config, space, backend, device, self.out / "profiling", self.recipe.seed)
 
-    def _note_foreign(self, table: LatencyTable) -> list[Path]:
+    def _note_foreign(self, table: LatencyTable, environment: Environment) -> list[Path]:
         """Keeps what is foreign about the run's table, where something is."""
         path = self.out / FOREIGN
         path.unlink(missing_ok=True)
-        foreign = latency_table.differences(table.environment, self.device.environment(self.target, self.backend.versions()))
+        foreign = latency_table.differences(table.environment, environment)
         if foreign:
             save(ForeignUse(table_digest=digest(table), differences=foreign), path)
         return [path] if foreign else []
+
+    def _profile_there(self, space: SearchSpace) -> tuple[LatencyTable, Environment]:
+        """A table of a device over ssh, a stored one or that of a kit that is copied there, run and fetched; and what the device is now."""
+        profile, target = targets.load_profile(self.recipe.device), self.target
+        connection = remote.Connection(self.transport, profile.python, self.progress)
+        there = connection.probe(target.backend)
+        environment = Environment(must_match=kit_import.must_match(there.device, there.versions, target, latency_table.lowering_digest()))
+        explicit = Path(self.recipe.tables) if self.recipe.tables else None
+        operators = network.operators(self.family, self.config, space, target)
+        found = latency_table.find(target, environment, operators, explicit, self.recipe.allow_foreign)
+        if found and not found.missing:
+            self.progress.note(f"using the latency table {found.path}")
+            return found.table, environment
+        form = kit.form_of(target.backend, there.machine, frozenset(there.isa))
+        for precision in space.precisions:
+            if reason := form.supports(precision):
+                raise UnsupportedError(
+                    f"`{target.device}` cannot run {precision.name} with {target.backend}: {reason}",
+                    hint="leave it out of `search.precisions`, or take --backend onnxruntime",
+                )
+        seconds, seed = self.recipe.profile_seconds, self.recipe.seed
+        key = digest(self.config.to_json_string(use_diff=False), space, target, form.passes, seconds, seed, environment, kit.method())
+        folder = self.out / "profiling" / f"kit-{key[:16]}"
+        if not folder.exists():
+            kit.export(self.family, self.config, space, target, form, "cpu", seed, folder, self.progress, seconds=seconds)
+        results = folder.with_suffix(".json")
+        write_atomic(results, connection.run(folder))
+        table = kit_import.table_of(results, folder, Silent())
+        self.progress.note(f"new latency table: {latency_table.store(table, explicit)}")
+        _discard(folder.parent, (folder.name,))
+        results.unlink()
+        return table, environment
 
     def training_plan(self) -> finetune.Plan:
         """What the fine-tuning stage works with, in every process: the first device's space, so that others change no draw."""
@@ -818,6 +871,41 @@ def _build_searched(context: Context, e: Evaluation, target: Target, number: int
     folder = context.out / "engines" / f"front-{number}-{f.file}"
     context.build_there(f, folder.name, "candidate", "supernet", e.candidate, folder)
     return folder
+
+
+def export_kit(
+    recipe: Recipe, run: Path | None, out: Path, progress: Progress | None = None, *, provider: kit.Provider = "cpu", processor: str = "",
+    max_length: int = 0, labels: int = 0, seconds: float = 0.0, networks: int = profiler.NETWORKS,
+) -> kit.KitManifest:  # fmt: skip
+    """Write a kit for the recipe's model and device to `out`; `run`: a folder whose data stage says how long texts are and what labels.
+
+    `max_length` and `labels` say so where there is no run. `processor`: see `kit.PROCESSORS`; empty: this one for the local device.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        context = Context(recipe, run or Path(scratch), progress or Silent(), Given())
+        family, config = context.family, context.config
+        if run is not None:
+            max_length = context.manifest.max_length
+        elif not max_length and any("sequence" in spec.shape for spec in family.inputs(config)):
+            raise RecipeError(f"{recipe.model} does not say how many tokens a text has", hint="--max-length N, or name a run with its data")
+        if labels:
+            config.num_labels = labels
+        target = targets.make(recipe.device, recipe.backend, family.workload(config, 1, max_length), recipe.threads)
+        form = kit.form_for(target.backend, provider, processor or ("here" if recipe.device == targets.LOCAL else "any"))
+        target = msgspec.structs.replace(target, session=kit.session(target.session, provider))
+        precisions = recipe.search.precisions if provider == "cpu" else kit.GPU_PRECISIONS
+        space = network.search_space(family, config, form, target, models.weights_digest(context.model_folder), (), precisions)
+        if provider != "cpu":
+            space = network.half_space(family, config, space)
+        return kit.export(
+            family, config, space, target, form, provider, recipe.seed, out, context.progress, seconds=seconds, networks=networks
+        )
+
+
+def import_kit(results: Path, kit_place: Path | None, tables: Path | None, progress: Progress | None = None) -> tuple[Path, LatencyTable]:
+    """The table of a kit that was run, and where it is now."""
+    table = kit_import.table_of(results, kit_place, progress or Silent())
+    return latency_table.store(table, tables), table
 
 
 def check_passes(engine: Path, progress: Progress | None = None) -> tuple[PassCheck, ...]:

@@ -29,7 +29,6 @@ from nascompile.latency_table import rescaled
 from nascompile.progress import Progress, Silent
 from nascompile.quantization import ActivationRanges
 from nascompile.records import (
-    FLOAT32,
     Candidate,
     LatencyTable,
     Operator,
@@ -121,6 +120,10 @@ class Bench:
         arguments = (self.space, candidate, self.target, self.weights, self.ranges, self.backend)
         return self._job(candidate.id, lowering.lower(self.blueprint, self.family, self.config, *arguments), scratch)
 
+    def pick(self, table: LatencyTable, count: int) -> tuple[Candidate, ...]:
+        """Whole networks for the scale and the interval."""
+        return pick(self, table, count)
+
     def bytes_of(self, operator: Operator) -> int:
         """Weights of the operator's stack, at most."""
         return self.copies(operator) * self._block_bytes(operator)
@@ -156,6 +159,16 @@ def profile(
     `seconds`: timing in all, building not included; 0 for what the numbers of rows and networks ask for. Rows go to a journal in
     `folder` as they are finished, so a killed profile times only the others. TableError if `existing` is of another environment.
     """
+    bench = Bench(family, config, space, target, backend, folder, seed)
+    return fill(bench, device, progress, seconds=seconds, networks=networks, existing=existing)
+
+
+def fill(
+    bench: Bench, device: Device, progress: Progress | None = None, *, seconds: float = 0.0, networks: int = NETWORKS,
+    existing: LatencyTable | None = None,
+) -> LatencyTable:  # fmt: skip
+    """The table of `profile`, from what a bench builds and a device times: here and now, or beforehand on a device elsewhere."""
+    backend, target, folder, seed = bench.backend, bench.target, bench.folder, bench.seed
     if backend.accepts != "onnx":
         raise UnsupportedError(f"operators cannot be timed yet for a backend that takes {backend.accepts}: {backend.name}")
     began, progress = time.perf_counter(), progress or Silent()
@@ -163,8 +176,7 @@ def profile(
     if existing is not None:
         latency_table.check_environment(existing, environment)
     folder.mkdir(parents=True, exist_ok=True)
-    bench = Bench(family, config, space, target, backend, folder, seed)
-    wanted = network.operators(family, config, space, target)
+    wanted = network.operators(bench.family, bench.config, bench.space, target)
     part = folder / f"rows-{digest(target, environment.must_match, seed)[:8]}.part"
     known = {row.operator: row for row in (*_rows_of(existing), *journal.read(part, TableRow))}
     count = len([o for o in wanted if o not in known])
@@ -299,7 +311,7 @@ def _time_call(bench: Bench, device: Device, wanted: Iterable[Operator], scratch
 
     The cheapest block, because its caches and its noise are the smallest part of the difference.
     """
-    blocks = [o for o in wanted if o.kind in bench.repeated and o.precision == FLOAT32]
+    blocks = [o for o in wanted if o.kind in bench.repeated and o.precision.weights.kind == "float"]
     if not blocks:
         return Quantity(value=0.0, unit="ms", kind="modelled")
     cheapest = sorted(blocks, key=lambda o: (bench.family.macs(o), o.label))[:2]
@@ -345,7 +357,7 @@ def _validate(
     bench: Bench, device: Device, table: LatencyTable, count: int, anchors: Anchors, scratch: Path, seconds: float, progress: Progress
 ) -> tuple[LatencyTable, float]:
     """The table with scale, interval and residuals; and the reference kernel's time beside the networks."""
-    picked = pick(bench, table, count)
+    picked = bench.pick(table, count)
     jobs = []
     for done, candidate in enumerate(picked):
         progress.step("building whole networks", done, len(picked))

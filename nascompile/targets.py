@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -40,8 +41,24 @@ class DeviceProfile(Record, frozen=True):
     compute_capability: str = ""
     """Of an NVIDIA GPU, such as 8.9; a session setting of what is built for it."""
     description: str = ""
+    transport: str = ""
+    """`ssh://user@host[:port]` of a device that is not here; empty: it is."""
+    python: str = "python3"
+    """There, the interpreter that has NumPy and the runtime: a command, or a path from the home folder on."""
     session: dict[str, str] = msgspec.field(default_factory=dict)
     """Session settings of what runs on it, over the backend's own: `allow_spinning = "0"`."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """`ssh://user@host:port`; without a user or a port, what ssh's configuration says."""
+
+    host: str
+    user: str = ""
+    port: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.user}{'@' * bool(self.user)}{self.host}{f':{self.port}' if self.port else ''}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +115,10 @@ def several(first: Target, also: Sequence[str], profiles: Path | None = None) ->
 
 def absence(target: Target, profiles: Path | None = None) -> str:
     """Why engines for a target cannot run here; empty if they can."""
-    kind = load_profile(target.device, profiles).kind
+    profile = load_profile(target.device, profiles)
+    kind = profile.kind
+    if profile.transport:
+        return f"it is reached over {profile.transport}"
     if kind not in plugins.names("devices"):
         return f"it is of kind {kind}, which nothing here can time"
     reason: str = plugins.get("devices", kind).unavailable() or _backend_reason(target.backend)
@@ -124,6 +144,8 @@ def make(
     profile = load_profile(device, profiles)
     if not profile.backends:
         raise UnsupportedError(f"no backend is installed that builds for {device}", hint="pip install 'nascompile[cpu]'")
+    if backend == AUTO and profile.transport:
+        raise UnsupportedError(f"`{device}` is not here, so none of its backends can be chosen by measuring", hint="name a --backend")
     chosen = runnable(device, profiles)[0] if backend == AUTO else backend or profile.backends[0]
     if chosen not in profile.backends:
         raise UnsupportedError(f"`{device}` has no backend named {chosen}", hint=f"its backends: {', '.join(profile.backends)}; or {AUTO}")
@@ -150,10 +172,31 @@ def runnable(device: str, profiles: Path | None = None) -> tuple[str, ...]:
 
 def device(name: str, profiles: Path | None = None) -> Device:
     """The plug-in that times on a device; UnsupportedError if it cannot from here."""
-    found: Device = plugins.get("devices", load_profile(name, profiles).kind)
+    profile = load_profile(name, profiles)
+    found: Device = plugins.get("devices", profile.kind)
+    if profile.transport:
+        raise UnsupportedError(
+            f"`{name}` is reached over {profile.transport}: engines are neither built for it nor run on it from here",
+            hint=f"`nascompile profile --device {name}` makes its latency table, `nascompile search` works with that",
+        )
     if reason := found.unavailable():
         raise UnsupportedError(f"`{name}` cannot run here: {reason}", hint="`nascompile devices` says what can")
     return found
+
+
+def address(transport: str) -> Address:
+    """RecipeError for what is not `ssh://user@host[:port]`."""
+    parts = urlsplit(transport)
+    try:
+        port = parts.port or 0
+    except ValueError:
+        port = -1
+    plain = not (parts.path or parts.query or parts.fragment or parts.password)
+    # ssh takes a word that begins with a hyphen for an option
+    fine = all(re.fullmatch(r"[A-Za-z0-9_.:%][A-Za-z0-9_.:%-]*", word) for word in (parts.hostname or "", parts.username or "_"))
+    if parts.scheme != "ssh" or not plain or port < 0 or not fine:
+        raise RecipeError(f"not a transport: {transport}", hint='transport = "ssh://user@host" or "ssh://user@host:port"')
+    return Address(parts.hostname or "", parts.username or "", port)
 
 
 def load_profile(name: str, profiles: Path | None = None) -> DeviceProfile:
@@ -228,6 +271,9 @@ def _describe(name: str, profiles: Path | None) -> KnownDevice:
     try:
         profile = load_profile(name, profiles)
         plugin: Device = plugins.get("devices", profile.kind)
+        if profile.transport:
+            how = f"not here: `nascompile profile` reaches it by ssh as {address(profile.transport)}"
+            return KnownDevice(name, profile.kind, profile.backends, False, how)
         reason = plugin.unavailable() or _backend_reasons(profile)
         if reason and (builders := _builders(name, profile, profiles)):
             reason += f"; {', '.join(builders)} can build for it here"

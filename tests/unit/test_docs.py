@@ -47,7 +47,7 @@ def test_the_example_on_the_recipe_page_is_a_recipe(recipe_docs, tmp_path):
     assert settings.from_toml(tmp_path / "recipe.toml").finetune.epochs == 3
 
 
-@pytest.mark.parametrize("page", ["architecture.md", "recipe.md", "tensorrt.md"])
+@pytest.mark.parametrize("page", ["architecture.md", "recipe.md", "tensorrt.md", "kits.md"])
 def test_files_that_a_page_names_exist(page):
     """Names in backticks that end like a file or a folder of this repository."""
     named = re.findall(r"`((?:nascompile|tools|tests|docs|profiles)/[\w./]*)`", (ROOT / "docs" / page).read_text("utf-8"))

@@ -27,17 +27,18 @@ ROWS: dict[str, tuple[str, ...]] = {
         "several", "fronts",
     ),
     "stages": ("profiler", "finetune", "search", "build", "measure", "rerank", "report"),
+    "kits": ("kit", "kit_import", "remote"),
     "pipeline": ("pipeline",),
     "surface": ("api", "terminal", "cli", "__main__"),
 }
 SEPARATE = ("stages", "plug-ins")
 """Rows whose modules import none of their neighbours; a plug-in folder is one module of its row."""
-STANDALONE = ("run_template",)
+STANDALONE = ("run_template", "kit_template", "remote_agent")
 """Copied out of the package: imports nothing of it."""
 LIGHT = (
     "__init__", "errors", "records", "plugins", "space", "pareto", "network", "latency_table", "journal", "places", "settings", "data",
     "data_sources", "preprocess", "cli", "progress", "processes", "targets", "engine", "run_template",
-    "cuda_driver", "table_check", "table_view",
+    "kit_template", "remote_agent", "cuda_driver", "table_check", "table_view",
 )  # fmt: skip
 HEAVY = {"torch", "transformers", "onnxruntime", "openvino", "tensorrt", "ray", "accelerate", "datasets"}
 
