@@ -25,7 +25,7 @@ from nascompile.scoring import Loaded, score_engine
 from nascompile.settings import Budgets, Recipe
 
 INTS, FLOATS, FAR = "ints", "floats", "far"
-ENGINES = {"baseline", "uniform-int8", "candidate-1", "candidate-2"}
+ENGINES = {"baseline", "uniform-int8", *(f"candidate-{n + 1}" for n in range(6))}
 THERE = f"{FLOATS}-fake-t1"
 
 
@@ -52,7 +52,7 @@ def set_kind(name: str, kind: str) -> None:
 def shared(quick: Recipe) -> Recipe:
     """The toy for both devices."""
     search = msgspec.structs.replace(quick.search, evaluations=30, population=10)
-    return msgspec.structs.replace(quick, device=INTS, also=(FLOATS,), search=search)
+    return msgspec.structs.replace(quick, device=INTS, also=(FLOATS,), search=search, measure=msgspec.structs.replace(quick.measure, top_k=6))
 
 
 @pytest.fixture(scope="module")

@@ -95,6 +95,7 @@ def score_of(value: float) -> Score:
 class Prices:
     target: Target
     space: SearchSpace = SPACE
+    foreign: tuple[()] = ()
 
     def __call__(self, point: Candidate) -> Any:
         ms = latency(point, self.target.id)
