@@ -52,7 +52,8 @@ def set_kind(name: str, kind: str) -> None:
 def shared(quick: Recipe) -> Recipe:
     """The toy for both devices."""
     search = msgspec.structs.replace(quick.search, evaluations=30, population=10)
-    return msgspec.structs.replace(quick, device=INTS, also=(FLOATS,), search=search, measure=msgspec.structs.replace(quick.measure, top_k=6))
+    measure = msgspec.structs.replace(quick.measure, top_k=6)
+    return msgspec.structs.replace(quick, device=INTS, also=(FLOATS,), search=search, measure=measure)
 
 
 @pytest.fixture(scope="module")
