@@ -451,7 +451,10 @@ def children(pid: int) -> list[int]:
 @pytest.mark.slow
 def test_an_interrupted_command_is_gone_on_with(board: Any) -> None:
     command = [sys.executable, "-m", "nascompile.cli", *PROFILE, *RUN]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what a shell starts in the background ignores it
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if list((board.home / remote.FOLDER).glob("*/results.jsonl")):
