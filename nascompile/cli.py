@@ -568,9 +568,9 @@ def export(
 
 
 def _table(path: Path) -> Any:
-    from nascompile import records
+    from nascompile import latency_table
 
-    return records.load(path, records.LatencyTable)
+    return latency_table.read(path)
 
 
 def _list_tables(folder: Path | None, as_json: bool) -> None:

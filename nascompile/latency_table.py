@@ -157,7 +157,7 @@ def find(
     folders are passed over.
     """
     if explicit is not None and explicit.is_file():
-        table = records.load(explicit, LatencyTable)
+        table = read(explicit)
         if table.target != target:
             raise TableError(
                 f"{explicit} was made for another target: {table.target.id}", detail=_target_differences(table.target, target),
@@ -214,6 +214,16 @@ def stored(target: Target, operators: Sequence[Operator], explicit: Path | None 
             lacking = missing(table, operators)
             found.append(((len(lacking), rank), Found(path, table, lacking)))
     return min(found, key=lambda item: item[0])[1] if found else None
+
+
+def read(path: Path) -> LatencyTable:
+    """The table in a file that a person names; TableError if there is none, and never the advice to remove it."""
+    try:
+        return records.load(path, LatencyTable)
+    except (RecordError, OSError) as error:
+        said = f"{error.message}\n{error.detail}".strip() if isinstance(error, RecordError) else str(error)
+        hint = "`nascompile table show` lists the tables there are"
+        raise TableError(f"not a latency table of this version: {path}", detail=said, hint=hint) from error
 
 
 def store(table: LatencyTable, explicit: Path | None = None) -> Path:
