@@ -18,7 +18,7 @@ import nascompile
 from nascompile import latency_table, models, profiler
 from nascompile.devices import Job
 from nascompile.devices.interleave import STATISTIC
-from nascompile.errors import RecordError, TableError
+from nascompile.errors import RecordError, TableError, UnsupportedError
 from nascompile.kit import MANIFEST, REFERENCE, RESULTS, KitManifest, KitWindow, form_for, graph_id, integers_of, kit_digest
 from nascompile.progress import Progress
 from nascompile.records import Candidate, Environment, LatencyTable, Operator, Pairs, Quantity, Record, Target
@@ -328,10 +328,10 @@ class _Recorded:
         return "a device that is not here"
 
     def throughput(self, job: Job, batch: int, seconds: float) -> Quantity:
-        raise NotImplementedError
+        raise UnsupportedError("a kit brings latencies back, and nothing else")
 
     def peak_memory(self, backend: str, folder: str, target: Target, inputs: Mapping[str, Any]) -> int:
-        raise NotImplementedError
+        raise UnsupportedError("a kit brings latencies back, and nothing else")
 
 
 def _quantity(timing: KitTiming, kind: Literal["measured", "simulated"]) -> Quantity:
