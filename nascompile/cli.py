@@ -629,6 +629,7 @@ def kit_export(
     if (run is None) == (not model):
         raise RecipeError("a kit is for one model: name a run folder or a --model", hint="nascompile kit export --model ID --out FOLDER")
     faults = [f"--{name} {value}" for name, value in (("networks", networks), ("max-length", max_length), ("labels", labels)) if value < 0]
+    faults += [f"--threads {threads}"] * (threads is not None and threads < 1)
     faults += [f"--seconds {seconds}"] * (not 0 <= seconds < 1e6) + [f"--networks {networks}"] * (networks == 0)
     if faults:
         raise RecipeError(f"out of range: {', '.join(faults)}", hint="nascompile kit export --help")

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 import nascompile
-from nascompile import latency_table, models, profiler
+from nascompile import latency_table, models, profiler, table_check
 from nascompile.devices import Job
 from nascompile.devices.interleave import STATISTIC
 from nascompile.errors import RecordError, TableError, UnsupportedError
@@ -29,8 +29,8 @@ FILE_BYTES = 64 * 2**20
 """Most that a manifest or results may have: those of a hundred thousand graphs would fit."""
 ARCHIVE_BYTES, ARCHIVE_FILES, RATIO = 4 * 2**30, 50_000, 2000
 """Most that an archive may unpack to, files in it, and bytes for each compressed one."""
-LONGEST_MS = 600_000.0
-"""No call of a graph of a kit takes ten minutes."""
+LONGEST_MS, SHORTEST_MS = 600_000.0, 1e-6
+"""No call of a graph of a kit takes ten minutes, and none less than a nanosecond."""
 MOST_SAMPLES = 10**9
 WORD = 500
 """Longest name or value of an environment."""
@@ -88,13 +88,18 @@ def table_of(results: Path, kit: Path | None, progress: Progress) -> LatencyTabl
             form_for(manifest.target.backend, manifest.provider, "any"), Path(folder) / "work", manifest.seed, manifest,
         )  # fmt: skip
         device = _Recorded(manifest, found)
-        table = profiler.fill(bench, device, progress, seconds=manifest.seconds, networks=manifest.networks)
+        try:
+            table = profiler.fill(bench, device, progress, seconds=manifest.seconds, networks=manifest.networks)
+        except (ArithmeticError, LookupError, ValueError) as error:
+            raise RecordError("the kit's manifest does not fit together", detail=f"{type(error).__name__}: {error}", hint=AGAIN) from error
     if left := device.left:
         raise TableError(
             f"{left} of the kit's {len(manifest.windows)} windows are not asked for by this version of nascompile",
             detail=f"the kit was made by {manifest.nascompile}", hint=AGAIN,
         )  # fmt: skip
-    return msgspec.structs.replace(table, seconds=found.seconds)
+    table = msgspec.structs.replace(table, seconds=found.seconds)
+    table_check.check(table)
+    return table
 
 
 AGAIN = "export the kit again with this version of nascompile and run it again"
@@ -242,7 +247,7 @@ def _timing_faults(timing: KitTiming, levels: tuple[float, ...]) -> list[str]:
     if found != levels:
         faults.append(f"quantiles {list(found)}, expected {list(levels)}")
     faults += [f"{value} ms is not a number" for value in values if not math.isfinite(value)]
-    faults += [f"{value} ms is not possible" for value in values if math.isfinite(value) and not 0 < value <= LONGEST_MS]
+    faults += [f"{value} ms is not possible" for value in values if math.isfinite(value) and not SHORTEST_MS <= value <= LONGEST_MS]
     if not faults and values != sorted(values):
         faults.append(f"quantiles do not ascend: {values}")
     return faults

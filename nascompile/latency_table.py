@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,8 +133,14 @@ def check_environment(table: LatencyTable, environment: Environment, allow_forei
 
 
 def path_for(folder: Path, table: LatencyTable) -> Path:
-    """`<folder>/<device>/<backend>-<workload>-t<threads>-<digest>.json`; the digest is of the whole table, so none is overwritten."""
+    """`<folder>/<device>/<backend>-<workload>-t<threads>-<digest>.json`; the digest is of the whole table, so none is overwritten.
+
+    TableError for names that could lead out of the folder: a table may come from anywhere.
+    """
     target = table.target
+    for word in (target.device, target.backend):
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", word):
+            raise TableError(f"not a name that a table can be kept under: {word!r}", hint="letters, digits, - and _")
     name = f"{target.backend}-{workload_label(target.workload)}-t{target.threads}-{records.digest(table)[:8]}.json"
     return folder / target.device / name
 
@@ -204,15 +211,16 @@ def machine(environment: Environment) -> str:
 
 
 def stored(target: Target, operators: Sequence[Operator], explicit: Path | None = None) -> Found | None:
-    """The table of a target that is not here, taken wherever it is: that which lacks fewest operators, of the best folder.
+    """The table of a target that is not here, taken wherever it is: that which lacks fewest operators, then with the smallest error.
 
-    Only tables whose graphs were made by the code there is now: operators are what it makes of them.
+    Only tables whose graphs were made by the code there is now (operators are what it makes of them), and none of emulated times.
     """
     found = []
     for rank, (path, table) in enumerate(of_device(target, explicit)):
-        if table.target == target and dict(table.environment.must_match).get("lowering", lowering_digest()) == lowering_digest():
+        fields = dict(table.environment.must_match)
+        if table.target == target and fields.get("lowering", lowering_digest()) == lowering_digest() and not fields.get("emulated"):
             lacking = missing(table, operators)
-            found.append(((len(lacking), rank), Found(path, table, lacking)))
+            found.append(((len(lacking), table.relative_error, rank), Found(path, table, lacking)))
     return min(found, key=lambda item: item[0])[1] if found else None
 
 

@@ -16,6 +16,7 @@ import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nascompile import kit
 from nascompile.devices.cpu import ISA
@@ -62,7 +63,7 @@ class Connection:
     def probe(self, backend: str) -> Found:
         """What the device is; UnsupportedError naming the packages it lacks."""
         template = kit.TEMPLATE.read_text(encoding="utf-8")
-        found = json.loads(self.ask("probe", backend, "cpu", payload=json.dumps({"template": template, "isa": ISA}).encode()))
+        found = self._answer(self.ask("probe", backend, "cpu", payload=json.dumps({"template": template, "isa": ISA}).encode()))
         if lacking := found["lacking"]:
             raise UnsupportedError(
                 f"{self.address} has no {' and no '.join(lacking)} for {found['executable']} (Python {found['python']})",
@@ -77,7 +78,7 @@ class Connection:
         manifest = folder / kit.MANIFEST
         place = f"{FOLDER}/{file_digest(manifest)[:16]}"
         self._copy(folder, place)
-        begun = json.loads(self.ask("start", place))
+        begun = self._answer(self.ask("start", place))
         self.progress.note(f"{self.address}: {'timing' if begun['started'] else 'is timing already'}, in ~/{place}")
         said = self._follow(place, int(begun["offset"]))
         if results := self.ask("fetch", place):
@@ -98,11 +99,22 @@ class Connection:
             self._wait(pause, done.stderr)
         raise AssertionError("the last pause is none, which raises")
 
+    def _answer(self, content: bytes) -> dict[str, Any]:
+        """What the agent said; UnsupportedError where something else was printed with it."""
+        try:
+            found = json.loads(content)
+        except ValueError as error:
+            raise UnsupportedError(
+                f"{self.address} prints something of its own when a command is run there", detail=repr(content[:200]),
+                hint="make its shell's start-up files silent for commands (.bashrc, .profile)",
+            ) from error
+        return dict(found)
+
     def _copy(self, folder: Path, place: str) -> None:
         """Send the files that are missing there or differ; after a lost connection those that did not arrive."""
         wanted = {p.relative_to(folder).as_posix(): file_digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
         for pause in (*PAUSES, None):
-            there = json.loads(self.ask("list", place))
+            there = self._answer(self.ask("list", place))
             missing = [name for name, sha in wanted.items() if there.get(name) != sha]
             if not missing:
                 return

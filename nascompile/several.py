@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nascompile import latency_table, plugins, targets
-from nascompile.errors import RecipeError, TableError
+from nascompile.errors import RecipeError, TableError, UnsupportedError
 from nascompile.latency_table import Found
 from nascompile.records import Environment, Operator, Target
 from nascompile.settings import Recipe
@@ -81,6 +81,12 @@ def tables_folder(recipe: Recipe) -> Path | None:
 
 def check(recipe: Recipe, first: Target) -> None:
     """RecipeError for a device named twice or a bound for none or no single one; TableError for one that nothing can be said of."""
+    told = recipe.allow_foreign and bool(recipe.tables) and Path(recipe.tables).is_file()
+    if not told and not targets.absence(first) and (reason := _elsewhere(first, tables_folder(recipe))):
+        raise UnsupportedError(
+            f"`{first.device}` is not this machine: {reason}",
+            hint="to search with its table, name it: --tables FILE --allow-foreign; engines are then built and measured here",
+        )
     others = further(recipe, first)
     for other in others:
         if other.absent and not latency_table.of_device(other.target, tables_folder(recipe)):
@@ -117,9 +123,13 @@ def _absence(target: Target, explicit: Path | None) -> str:
 
     A profile does not say which machine it is of, its tables do: where all are of another processor, timing this one would be wrong.
     """
-    reason = targets.absence(target)
-    if reason or target.device == targets.LOCAL:
-        return reason
+    return targets.absence(target) or _elsewhere(target, explicit)
+
+
+def _elsewhere(target: Target, explicit: Path | None) -> str:
+    """What tells this machine from that of all tables of a device that could run here; empty if nothing does."""
+    if target.device == targets.LOCAL:
+        return ""
     there = latency_table.machines(table for _, table in latency_table.of_device(target, explicit))
     here = latency_table.machine(environment_of(target))
     return f"its tables were taken on {', '.join(there)}, this is {here}" if there and here not in there else ""

@@ -12,8 +12,8 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from nascompile import cli, kit, kit_import, latency_table, network, pipeline, records
-from nascompile.errors import RecordError, TableError
+from nascompile import cli, kit, kit_import, latency_table, network, pipeline, records, remote
+from nascompile.errors import RecordError, TableError, UnsupportedError
 from nascompile.kit import KitManifest
 from nascompile.progress import Silent
 from nascompile.settings import toy_recipe
@@ -356,3 +356,13 @@ def test_a_kit_needs_a_device_that_is_known_and_a_backend_that_has_kits(tmp_path
         assert not Path("kit").exists()
     Path("kit").mkdir()
     assert "there is something already: kit" in invoke("kit", "export", "--out", "kit", "--model", "toy").stderr
+
+
+def test_what_a_login_shell_prints_is_no_answer(monkeypatch):
+    monkeypatch.setattr(remote.shutil, "which", lambda name: "/usr/bin/ssh")
+    connection = remote.Connection("ssh://me@board", "python3", Silent())
+    monkeypatch.setattr(connection, "ask", lambda *words, **payload: b"Welcome to board\n{}")
+    with pytest.raises(UnsupportedError, match="me@board prints something of its own") as caught:
+        connection.probe("onnxruntime")
+    assert "Welcome to board" in caught.value.detail
+    assert ".bashrc" in caught.value.hint

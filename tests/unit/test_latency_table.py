@@ -195,3 +195,21 @@ def test_a_quantity_is_rescaled_with_its_quantiles():
     got = latency_table.rescaled(ms(4.0, 0.5), 0.25, less=1.0)
     assert (got.value, got.quantile(0.1), got.quantile(0.5)) == (0.75, 0.75, 1.25)
     assert latency_table.rescaled(ms(1.0), 1.0, less=2.0).value == 0.0
+
+
+@pytest.mark.parametrize("name", ["../escaped", "/tmp/escaped", "a/b", "", ".."])
+def test_a_table_is_kept_under_plain_names_only(tmp_path, name):
+    for target in (msgspec.structs.replace(TARGET, device=name), msgspec.structs.replace(TARGET, backend=name)):
+        with pytest.raises(TableError, match="not a name that a table can be kept under"):
+            latency_table.store(table({MLP: 1.0}, target=target), tmp_path / "in")
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_several_tables_of_a_device_elsewhere_the_surest_is_taken_and_none_of_emulated_times(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for error in (0.03, 0.01, 0.02):
+        latency_table.store(table({MLP: 1 + error}, relative_error=error), tmp_path)
+    emulated = Environment(must_match=(*HERE.must_match, ("emulated", True)))
+    latency_table.store(table({MLP: 9.0}, environment=emulated, relative_error=0.0), tmp_path)
+    found = latency_table.stored(TARGET, (MLP,), tmp_path)
+    assert found.table.relative_error == 0.01

@@ -214,3 +214,14 @@ def test_a_profile_whose_tables_are_of_another_processor_is_not_this_machine():
     assert "taken on Cortex-A72, this is fake" in further("two").absent
     write_table(targets.make("two", "", Workload()), cpu="fake", name="fake-b")
     assert further("two").absent == ""
+
+
+def test_a_first_device_whose_tables_are_of_another_machine_is_not_timed_here():
+    path = write_table(first_of(recipe([])))
+    with pytest.raises(UnsupportedError, match="`one` is not this machine: its tables were taken on Cortex-A72, this is fake") as caught:
+        check(recipe([]))
+    assert "--tables FILE --allow-foreign" in caught.value.hint
+    check(recipe([], tables=str(path), allow_foreign=True))
+    path.unlink()
+    write_table(first_of(recipe([])), cpu="fake")
+    check(recipe([]))
