@@ -85,7 +85,8 @@ def check(recipe: Recipe, first: Target) -> None:
     if not told and not targets.absence(first) and (reason := _elsewhere(first, tables_folder(recipe))):
         raise UnsupportedError(
             f"`{first.device}` is not this machine: {reason}",
-            hint="to search with its table, name it: --tables FILE --allow-foreign; engines are then built and measured here",
+            hint="to search with its table, name it: --tables FILE --allow-foreign; engines are then built and measured here. "
+            "If it is this machine by now, remove those tables",
         )
     others = further(recipe, first)
     for other in others:
@@ -128,7 +129,7 @@ def _absence(target: Target, explicit: Path | None) -> str:
 
 def _elsewhere(target: Target, explicit: Path | None) -> str:
     """What tells this machine from that of all tables of a device that could run here; empty if nothing does."""
-    if target.device == targets.LOCAL:
+    if target.device in (targets.LOCAL, targets.SIMULATED):  # whatever machine it is
         return ""
     there = latency_table.machines(table for _, table in latency_table.of_device(target, explicit))
     here = latency_table.machine(environment_of(target))
