@@ -265,8 +265,8 @@ def _time_rows(
 class Anchors:
     """Stacks that are timed in every window, which brings all windows to the speed that the machine had when the stacks' rows were timed.
 
-    A machine's speed wanders by several percent in minutes, and that of what streams weights wanders with what other machines do to a
-    shared cache: a kernel of a few kilobytes does not show it, a network's own operators do.
+    A shared machine's speed wanders within minutes (`tools/benchmarks/table_accuracy.py` prints it as `pace`), and what the network itself
+    executes follows that as the network does.
     """
 
     bench: Bench
@@ -288,11 +288,16 @@ class Anchors:
         return tuple(self.bench.operator(o, self.bench.copies(o), self.scratch) for o in self.operators)
 
     def pace(self, found: Sequence[Quantity], otherwise: float = 1.0) -> float:
-        """Rows' time over time now, the geometric mean; `found` begins with the anchors' quantities. `otherwise`: if none has a row."""
+        """Rows' time over time now, the geometric mean; `found` begins with the anchors' quantities. `otherwise`: there are no anchors.
+
+        1 where none has a row yet: the pace is then that of this window.
+        """
         call = self.known[CALL].latency.value
         pairs = [(o, q.value) for o, q in zip(self.operators, found, strict=False) if o in self.known]
         logs = [math.log((self.bench.copies(o) * self.known[o].latency.value + call) / now) for o, now in pairs]
-        return math.exp(sum(logs) / len(logs)) if logs else otherwise if not self.operators else 1.0
+        if not self.operators:
+            return otherwise
+        return math.exp(sum(logs) / max(1, len(logs)))
 
 
 def _quieter(device: Device, jobs: Sequence[Job], found: Sequence[Quantity], seconds: float, seed: int) -> list[Quantity]:
@@ -326,11 +331,10 @@ def _time_call(bench: Bench, device: Device, wanted: Iterable[Operator], scratch
 def _batches(bench: Bench, operators: Sequence[Operator]) -> Iterator[list[Operator]]:
     """Random batches that fit into memory together."""
     order = np.random.default_rng(bench.seed).permutation(len(operators))
-    most = math.ceil(len(operators) / max(1, math.ceil(len(operators) / BATCH_ROWS)))  # windows of two jobs are not like those of thirty
     batch: list[Operator] = []
     for i in order:
         full = sum(map(bench.bytes_of, batch)) + bench.bytes_of(operators[i]) > BATCH_BYTES
-        if batch and (full or len(batch) == most):
+        if batch and (full or len(batch) == BATCH_ROWS):
             yield batch
             batch = []
         batch.append(operators[i])
