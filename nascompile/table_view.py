@@ -41,6 +41,8 @@ def headline(table: LatencyTable) -> list[str]:
     target, noisy = table.target, sum(row.noisy for row in table.rows)
     threads = "1 thread" if target.threads == 1 else f"{target.threads} threads"
     networks = f"{len(table.validation)} whole networks" + (f", scale by {len(table.calibration)} more" if table.calibration else "")
+    if latency_table.MERGED in dict(table.environment.recorded):
+        networks += ", as the merged tables predicted them"
     recorded = ", ".join(f"{name} {_plain(value)}" for name, value in table.environment.recorded)
     lines = [
         f"{target.device}, {target.backend}, {latency_table.workload_label(target.workload)}, {threads}",
