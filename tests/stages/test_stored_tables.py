@@ -166,7 +166,7 @@ def test_a_finished_profile_is_done_again_where_a_fresh_one_is_asked_for(
 
 def test_flags_that_contradict_each_other_are_refused(elsewhere: Path, folder: Path) -> None:
     both = invoke("profile", "--model", "toy", "--device", "fake", "--fresh", "--add-missing", "--out", "run")
-    assert (both.exit_code, "exclude each other" in both.stderr) == (2, True)
+    assert (both.exit_code, "exclude" in both.stderr) == (2, True)
     one = invoke("profile", "--model", "toy", "--device", "fake", "--fresh", "--tables", folder / "fast.json", "--out", "run")
     assert one.exit_code == 1
     assert "--fresh makes a new latency table, and --tables names the one to use" in one.stderr

@@ -28,7 +28,7 @@ def refused(space=SPACE, **given) -> str:
     return caught.value.detail
 
 
-def with_gene(name, **changes):
+def with_gene(name, /, **changes):
     genes = tuple(msgspec.structs.replace(g, **changes) if g.name == name else g for g in SPACE.genes)
     return msgspec.structs.replace(SPACE, genes=genes)
 

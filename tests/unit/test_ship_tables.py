@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -23,6 +24,7 @@ PACKAGED = Path(nascompile.__file__).parent / "latency_tables"
 def tool():
     spec = importlib.util.spec_from_file_location("ship_tables", ROOT / "tools" / "ship_tables.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
