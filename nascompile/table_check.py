@@ -37,6 +37,9 @@ def _of_rows(table: LatencyTable) -> Iterator[str]:
             yield f"{count} rows of one operator: {operator.label}"
     for row in table.rows:
         yield from (f"{row.operator.label}: {fault}" for fault in _of_quantity(row.latency))
+        places = [place for place, _ in row.reach]
+        if not all(map(math.isfinite, itertools.chain(*row.reach))) or not _ascending(places, strictly=True) or row.footprint < 0:
+            yield f"{row.operator.label}: its stack of {row.footprint} bytes or its line over {_listed(places)} cannot be"
     if table.call is not None:
         yield from (f"call: {fault}" for fault in _of_quantity(table.call))
 
@@ -61,6 +64,10 @@ def _of_quantity(q: Quantity) -> Iterator[str]:
 def _of_numbers(table: LatencyTable) -> Iterator[str]:
     if not math.isfinite(table.scale) or table.scale <= 0:
         yield f"scale is {table.scale}"
+    if table.correction:
+        numbers = (*(f for _, f in table.correction.factors), table.correction.change_ms, table.correction.reach)
+        if not all(map(math.isfinite, numbers)) or any(f <= 0 for _, f in table.correction.factors):
+            yield f"its correction is not a number or takes a precision for free: {table.correction}"
     for name in ("relative_error", "drift", "seconds"):
         value = getattr(table, name)
         if not math.isfinite(value) or value < 0:
@@ -77,8 +84,8 @@ def _of_networks(table: LatencyTable) -> Iterator[str]:
             yield from (f"{part} network {r.candidate.id}: {fault}" for fault in _of_quantity(r.measured))
     both = {r.candidate for r in table.calibration} & {r.candidate for r in table.validation}
     # a space of one network has none to spare, and a scale of 1 is not fitted to it
-    if both and table.scale != 1.0:
-        yield f"{len(both)} networks fitted the scale and then gave the interval: {', '.join(sorted(c.id for c in both))}"
+    if both and (table.scale != 1.0 or table.correction):
+        yield f"{len(both)} networks fitted the table and then gave the interval: {', '.join(sorted(c.id for c in both))}"
 
 
 def _of_interval(table: LatencyTable) -> Iterator[str]:

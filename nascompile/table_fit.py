@@ -1,0 +1,126 @@
+"""What sums of a table's rows leave out: timed with stacks of different depths and with whole networks.
+
+Three things matter on a processor with caches (`tools/benchmarks/table_accuracy.py` prints what each is worth):
+
+- a network that holds many bytes of weights finds fewer of them in the caches: from some size on every byte of a block costs more, as much
+  in one block as in another of its kind and precision (`reach`);
+- a block that follows one of another precision takes longer than one after its like;
+- rows of one precision may be too fast or too slow by a common factor.
+
+The last two, and how much of the first there is in networks, are fitted to whole networks by Bayesian linear regression: the prior says that the rows are right, give or take a few percent,
+and few networks move it little. It is used where it predicts left-out networks better than one scale does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+from scipy.optimize import nnls
+
+from nascompile import latency_table
+from nascompile.records import LatencyTable, OperatorGraph, TableCorrection
+
+LEAST = 8
+"""Fewest calibration networks for more than a scale."""
+NOISE = 0.01
+"""Relative standard deviation of a network's timing about its prediction."""
+SCALE_PRIOR, FACTOR_PRIOR, REACH_PRIOR, CHANGE_PRIOR = 0.1, 0.05, 0.3, 0.1
+"""Standard deviations: of the common factor, a precision's own, that of the reach, and a change of precision in median rows."""
+HUBER, TURNS = 2.0, 5
+"""Residuals beyond so many standard deviations lose weight, in so many turns: a disturbed network is not to bend the fit."""
+@dataclass(frozen=True)
+class _Design:
+    """Linear model of the networks' latencies: matrix (networks, terms), and the terms' priors."""
+
+    matrix: np.ndarray[Any, Any]
+    mean: np.ndarray[Any, Any]
+    deviation: np.ndarray[Any, Any]
+    precisions: tuple[str, ...]
+
+
+def reach(size: int, stacks: Sequence[tuple[int, float]]) -> tuple[tuple[float, float], ...]:
+    """(log2 of bytes, ms a byte), 0 at the first and never falling, from stacks of one operator: (copies, ms without the call).
+
+    `size` are the bytes of a copy. Least squares of relative errors; a stack of n takes n · (a time + size · what a byte costs there).
+    """
+    stacks = sorted(stacks)
+    if len(stacks) < 2 or not size:
+        return ()
+    lines = np.tri(len(stacks)) * size
+    lines[:, 0] = 1.0
+    lines *= np.array([copies / ms for copies, ms in stacks])[:, None]
+    unit = np.linalg.norm(lines, axis=0)
+    found = nnls(lines / unit, np.ones(len(stacks)))[0] / unit
+    costs = np.concatenate([[0.0], np.cumsum(found[1:])])
+    return tuple((math.log2(copies * size), float(cost)) for (copies, _), cost in zip(stacks, costs, strict=True))
+
+
+def fit(table: LatencyTable, graphs: Sequence[OperatorGraph], measured: Sequence[float]) -> LatencyTable:
+    """The table with the scale and the correction that predict left-out networks best; as it is where neither helps.
+
+    `graphs` and `measured` (ms) are of the calibration networks; a correction or a scale that the table has is not looked at.
+    """
+    plain, times = msgspec.structs.replace(table, scale=1.0, correction=None), np.array(measured, dtype=float)
+    ratios = times / np.array([latency_table.predict(plain, g).value for g in graphs])
+    errors = {"none": float(np.abs(ratios - 1).sum())}
+    if len(ratios) >= 3:
+        others = np.array([float(np.median(np.delete(ratios, i))) for i in range(len(ratios))])
+        errors["scale"] = float(np.abs(ratios / others - 1).sum())
+    design = _design(plain, graphs) if len(graphs) >= LEAST else None
+    if design:
+        errors["correction"] = float(np.abs(_left_out(design, times) / times - 1).sum())
+    best = min(errors, key=lambda name: errors[name])
+    if best == "correction" and design:
+        terms = _solve(design, times, np.full(len(times), True))
+        scale = float(terms[0])
+        factors = tuple((name, 1 + float(term) / scale) for name, term in zip(design.precisions, terms[3:], strict=True))
+        correction = TableCorrection(factors=factors, change_ms=float(terms[1]) / scale, reach=1 + float(terms[2]) / scale)
+        return msgspec.structs.replace(plain, scale=scale, correction=correction)
+    return msgspec.structs.replace(plain, scale=float(np.median(ratios)) if best == "scale" else 1.0)
+
+
+def _design(table: LatencyTable, graphs: Sequence[OperatorGraph]) -> _Design:
+    """Terms: everything that the table counts; a change of precision; the reach; rows of each precision of layers."""
+    rows = {row.operator: row for row in table.rows}
+    layers = [row for row in table.rows if row.footprint]
+    precisions = tuple(sorted({row.operator.precision.name for row in layers}))
+    lines = []
+    for g in graphs:
+        own = [rows[node.operator] for node in g.nodes if rows[node.operator].footprint]
+        size = latency_table.footprint(rows, g)
+        of = [sum(latency_table.counted(table, row, size) for row in own if row.operator.precision.name == name) for name in precisions]
+        more = sum(latency_table.at(row.reach, size) for row in own)
+        lines.append([latency_table.predict(table, g).value, latency_table.changes(g), more, *of])
+    many = len(precisions) > 1
+    typical = float(np.median([row.latency.value for row in layers])) if layers else 0.0
+    deviation = np.array([SCALE_PRIOR, CHANGE_PRIOR * typical * many, REACH_PRIOR, *[FACTOR_PRIOR * many] * len(precisions)])
+    mean = np.zeros(len(deviation))
+    mean[0] = 1.0
+    return _Design(np.array(lines), mean, deviation, precisions)
+
+
+def _left_out(design: _Design, times: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """What the others predict of each network."""
+    return np.array([design.matrix[i] @ _solve(design, times, np.arange(len(times)) != i) for i in range(len(times))])
+
+
+def _solve(design: _Design, times: np.ndarray[Any, Any], used: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The terms' posterior mean by the networks that are used: iteratively reweighted least squares of relative errors."""
+    free = design.deviation > 0
+    matrix, times = design.matrix[used], times[used]
+    scaled = matrix[:, free] * design.deviation[free] / times[:, None] / NOISE
+    target, weight = (times - matrix @ design.mean) / times / NOISE, np.ones(len(times))
+    unit = np.eye(int(free.sum()))
+    step = np.zeros(int(free.sum()))
+    for _ in range(TURNS):
+        stacked = np.concatenate([scaled * weight[:, None], unit])
+        step = np.linalg.lstsq(stacked, np.concatenate([target * weight, np.zeros(len(unit))]), rcond=None)[0]
+        weight = np.sqrt(np.minimum(1.0, HUBER / np.maximum(np.abs(scaled @ step - target), 1e-12)))
+    terms = design.mean.copy()
+    terms[free] += step * design.deviation[free]
+    return terms
