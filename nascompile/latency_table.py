@@ -75,22 +75,37 @@ def predict(table: LatencyTable, graph: OperatorGraph) -> Interval:
         )
     rows, call = [known[node.operator] for node in graph.nodes], table.call.value if table.call else 0.0
     size = footprint(known, graph)
-    value = table.scale * call + sum(counted(table, row, size) for row in rows) + between(table, graph)
+    value = table.scale * call + sum(counted(table, row, size) for row in rows) + between(table, known, graph)
     low, high = max(0.0, value * (1 - table.relative_error)), value * (1 + table.relative_error)
     return Interval(value=value, low=low, high=high, unit="ms", level=LEVEL)
 
 
 def counted(table: LatencyTable, row: TableRow, size: int = 0) -> float:
     """Milliseconds that a prediction counts for a row in a network of so many bytes of weights; 0: as many as its stack has."""
-    correction = table.correction or TableCorrection()
-    factors = dict(correction.factors) if row.footprint else {}
-    more = correction.reach * at(row.reach, size) if size else 0.0
-    return table.scale * factors.get(row.operator.precision.name, 1.0) * (row.latency.value + more)
+    factors = dict(table.correction.factors) if table.correction and row.footprint else {}
+    more = at(row.reach, size) if size else 0.0
+    return table.scale * factors.get(group(row.operator), 1.0) * (row.latency.value + more)
 
 
-def between(table: LatencyTable, graph: OperatorGraph) -> float:
-    """Milliseconds of a network that belong to no row: its changes of precision."""
-    return table.scale * table.correction.change_ms * changes(graph) if table.correction else 0.0
+def group(operator: Operator) -> str:
+    """What operators have in common that a correction treats alike, for example `mlp int8` and `mlp int8, one token`."""
+    part = dict(operator.attributes).get("out") or ("one token" if dict(operator.dims).get("sequence") == 1 else "")
+    return f"{operator.kind} {operator.precision.name}" + f", {part}" * bool(part)
+
+
+def between(table: LatencyTable, known: Mapping[Operator, TableRow], graph: OperatorGraph) -> float:
+    """Milliseconds of a network that belong to no row: changes of precision, and weights that the caches do not hold.
+
+    `known` are the table's rows by operator.
+    """
+    if table.correction is None:
+        return 0.0
+    spent, line = table.correction.change_ms * changes(graph), table.correction.reach
+    here = at(line, footprint(known, graph))
+    for node in graph.nodes:
+        if there := known[node.operator].footprint:
+            spent += node.size_bytes * (here - at(line, there))
+    return table.scale * spent
 
 
 def footprint(known: Mapping[Operator, TableRow], graph: OperatorGraph) -> int:
@@ -302,15 +317,17 @@ def merge(a: LatencyTable, b: LatencyTable) -> LatencyTable:
     for table in (a, b):
         for row in table.rows:
             times = counted(table, row) / row.latency.value if row.latency.value else 1.0
-            more = times * table.correction.reach if table.correction else times
-            reach = tuple((place, ms * more) for place, ms in row.reach)
+            reach = tuple((place, ms * times) for place, ms in row.reach)
             scaled = msgspec.structs.replace(row, latency=rescaled(row.latency, times), reach=reach)
             held = rows.get(row.operator)
             if held is None or noise(scaled.latency) < noise(held.latency):
                 rows[row.operator] = scaled
     calls = [rescaled(table.call, table.scale) for table in (a, b) if table.call]
     best = min((a, b), key=lambda table: table.relative_error)
-    rest = TableCorrection(change_ms=best.scale * best.correction.change_ms) if best.correction else None
+    rest = best.correction
+    if rest:
+        line = tuple((place, best.scale * ms) for place, ms in rest.reach)
+        rest = TableCorrection(change_ms=best.scale * rest.change_ms, reach=line)
     return LatencyTable(
         target=a.target, environment=a.environment, rows=tuple(rows.values()),
         call=min(calls, key=noise, default=None), correction=rest,

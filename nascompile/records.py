@@ -329,17 +329,17 @@ class TableCorrection(Record, frozen=True):
     """What a sum of rows leaves out and whole networks show (`table_fit.py`)."""
 
     factors: tuple[tuple[str, float], ...] = ()
-    """Precision ▸ what rows of layers are multiplied by beside the scale."""
+    """Group of rows (`latency_table.group`) ▸ what they are multiplied by beside the scale."""
     change_ms: float = 0.0
     """Of a block that follows one of another precision."""
-    reach: float = 1.0
-    """What the rows' `reach` is multiplied by."""
+    reach: tuple[tuple[float, float], ...] = ()
+    """(log2 of the bytes of weights that a call reads in layers, ms that each byte of a block costs more), beside the rows' own."""
 
 
 class LatencyTable(Record, frozen=True):
     """Operators of one space timed on one target. Never edited: a correction of measured engines is another record.
 
-    predicted = scale · (call + Σ factor · (row + its reach at the network's bytes) + change · changes of precision);
+    predicted = scale · (call + Σ (factor · (row + its reach at the network's bytes)) + what the correction says of changes and bytes);
     measured lies in predicted · (1 ± relative_error) nine times in ten.
     """
 

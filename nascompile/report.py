@@ -646,10 +646,10 @@ def _operators(records: RunRecords, engines: list[Json]) -> Json:
         if records.table.call is not None:
             call = {"block": "call", "kind": "call", "operator": "one call of the runtime, whatever the network", "precision": ""}
             blocks.append(call | {"noisy": False, "latency_ms": _ms(records.table.call) * records.table.scale})
-        if records.table.correction is not None and manifest.graph:
-            ms = latency_table.between(records.table, manifest.graph)
-            blocks.append({"block": "between blocks", "kind": "between", "operator": "changes of precision", "precision": ""})
-            blocks[-1] |= {"noisy": False, "latency_ms": ms}
+        if records.table.correction is not None and manifest.graph and not unknown:
+            between = {"block": "between blocks", "kind": "between", "operator": "changes of precision, and weights that leave the caches"}
+            ms = latency_table.between(records.table, rows, manifest.graph)
+            blocks.append(between | {"precision": "", "noisy": False, "latency_ms": ms})
         for block in blocks:
             kinds[block["kind"]] = kinds.get(block["kind"], 0.0) + block["latency_ms"]
         found.append(

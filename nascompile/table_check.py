@@ -65,7 +65,7 @@ def _of_numbers(table: LatencyTable) -> Iterator[str]:
     if not math.isfinite(table.scale) or table.scale <= 0:
         yield f"scale is {table.scale}"
     if table.correction:
-        numbers = (*(f for _, f in table.correction.factors), table.correction.change_ms, table.correction.reach)
+        numbers = (*(f for _, f in table.correction.factors), table.correction.change_ms, *itertools.chain(*table.correction.reach))
         if not all(map(math.isfinite, numbers)) or any(f <= 0 for _, f in table.correction.factors):
             yield f"its correction is not a number or takes a precision for free: {table.correction}"
     for name in ("relative_error", "drift", "seconds"):

@@ -1,14 +1,14 @@
 """What sums of a table's rows leave out: timed with stacks of different depths and with whole networks.
 
-Three things matter on a processor with caches (`tools/benchmarks/table_accuracy.py` prints what each is worth):
+Three things matter on a processor with caches (`tools/benchmarks/table_accuracy.py` prints what they are worth):
 
 - a network that holds many bytes of weights finds fewer of them in the caches: from some size on every byte of a block costs more, as much
   in one block as in another of its kind and precision (`reach`);
 - a block that follows one of another precision takes longer than one after its like;
-- rows of one precision may be too fast or too slow by a common factor.
+- rows of one kind and precision may be too fast or too slow by a common factor.
 
-The last two, and how much of the first there is in networks, are fitted to whole networks by Bayesian linear regression: the prior says that the rows are right, give or take a few percent,
-and few networks move it little. It is used where it predicts left-out networks better than one scale does.
+The last two, and what networks say of the first, are fitted to whole networks by Bayesian linear regression: the prior says that the rows
+are right, give or take a few percent, and few networks move it little. It is used where it predicts left-out networks better than a scale.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ LEAST = 8
 """Fewest calibration networks for more than a scale."""
 NOISE = 0.01
 """Relative standard deviation of a network's timing about its prediction."""
-SCALE_PRIOR, FACTOR_PRIOR, REACH_PRIOR, CHANGE_PRIOR = 0.1, 0.05, 0.3, 0.1
-"""Standard deviations: of the common factor, a precision's own, that of the reach, and a change of precision in median rows."""
+SCALE_PRIOR, FACTOR_PRIOR, FEW_PRIOR, CHANGE_PRIOR, BYTE_PRIOR = 0.1, 0.05, 0.15, 0.1, 0.05
+"""Standard deviations: of the common factor; a group's own; that of a group that computes one token, whose time is that of its bytes; a
+change of precision, in median rows; and a byte's cost per half octave of bytes, in the median time of a byte."""
 HUBER, TURNS = 2.0, 5
 """Residuals beyond so many standard deviations lose weight, in so many turns: a disturbed network is not to bend the fit."""
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class _Design:
     matrix: np.ndarray[Any, Any]
     mean: np.ndarray[Any, Any]
     deviation: np.ndarray[Any, Any]
-    precisions: tuple[str, ...]
+    groups: tuple[str, ...]
+    knots: tuple[float, ...]
+    """Logarithms to base 2 of bytes."""
 
 
 def reach(size: int, stacks: Sequence[tuple[int, float]]) -> tuple[tuple[float, float], ...]:
@@ -78,30 +81,46 @@ def fit(table: LatencyTable, graphs: Sequence[OperatorGraph], measured: Sequence
     if best == "correction" and design:
         terms = _solve(design, times, np.full(len(times), True))
         scale = float(terms[0])
-        factors = tuple((name, 1 + float(term) / scale) for name, term in zip(design.precisions, terms[3:], strict=True))
-        correction = TableCorrection(factors=factors, change_ms=float(terms[1]) / scale, reach=1 + float(terms[2]) / scale)
+        factors = tuple((name, 1 + float(term) / scale) for name, term in zip(design.groups, terms[2:], strict=False))
+        costs = np.concatenate([[0.0], np.cumsum(terms[2 + len(factors) :])]) / scale
+        line = tuple((knot, float(cost)) for knot, cost in zip(design.knots, costs, strict=True)) if design.knots else ()
+        correction = TableCorrection(factors=factors, change_ms=float(terms[1]) / scale, reach=line)
         return msgspec.structs.replace(plain, scale=scale, correction=correction)
     return msgspec.structs.replace(plain, scale=float(np.median(ratios)) if best == "scale" else 1.0)
 
 
 def _design(table: LatencyTable, graphs: Sequence[OperatorGraph]) -> _Design:
-    """Terms: everything that the table counts; a change of precision; the reach; rows of each precision of layers."""
+    """Terms: everything that the table counts; a change of precision; rows of each group of layers; bytes by half octaves."""
     rows = {row.operator: row for row in table.rows}
     layers = [row for row in table.rows if row.footprint]
-    precisions = tuple(sorted({row.operator.precision.name for row in layers}))
-    lines = []
-    for g in graphs:
-        own = [rows[node.operator] for node in g.nodes if rows[node.operator].footprint]
-        size = latency_table.footprint(rows, g)
-        of = [sum(latency_table.counted(table, row, size) for row in own if row.operator.precision.name == name) for name in precisions]
-        more = sum(latency_table.at(row.reach, size) for row in own)
-        lines.append([latency_table.predict(table, g).value, latency_table.changes(g), more, *of])
-    many = len(precisions) > 1
+    groups = tuple(sorted({latency_table.group(row.operator) for row in layers}))
+    sizes = [latency_table.footprint(rows, g) for g in graphs]
+    ends = [math.log2(f) for f in (*sizes, *(row.footprint for row in layers)) if f]
+    knots = tuple(k / 2 for k in range(math.floor(2 * min(ends)), math.ceil(2 * max(ends)) + 1)) if ends else ()
+    lines, densities = [], []
+    for g, size in zip(graphs, sizes, strict=True):
+        of, octaves = dict.fromkeys(groups, 0.0), np.zeros(max(0, len(knots) - 1))
+        for node in g.nodes:
+            row = rows[node.operator]
+            if row.footprint:
+                of[latency_table.group(node.operator)] += latency_table.counted(table, row, size)
+                octaves += node.size_bytes * (_ramps(size, knots) - _ramps(row.footprint, knots))
+                densities.append(row.latency.value / max(1, node.size_bytes))
+        lines.append([latency_table.predict(table, g).value, latency_table.changes(g), *of.values(), *octaves])
+    many = len({row.operator.precision.name for row in layers}) > 1
     typical = float(np.median([row.latency.value for row in layers])) if layers else 0.0
-    deviation = np.array([SCALE_PRIOR, CHANGE_PRIOR * typical * many, REACH_PRIOR, *[FACTOR_PRIOR * many] * len(precisions)])
+    own = [FEW_PRIOR if name.endswith("one token") else FACTOR_PRIOR for name in groups]
+    byte = BYTE_PRIOR * float(np.median(densities)) if densities else 0.0
+    deviation = np.array([SCALE_PRIOR, CHANGE_PRIOR * typical * many, *own, *[byte] * max(0, len(knots) - 1)])
     mean = np.zeros(len(deviation))
     mean[0] = 1.0
-    return _Design(np.array(lines), mean, deviation, precisions)
+    return _Design(np.array(lines), mean, deviation, groups, knots)
+
+
+def _ramps(size: float, knots: tuple[float, ...]) -> np.ndarray[Any, Any]:
+    """How much of every half octave lies below so many bytes, 0 to 1."""
+    found: np.ndarray[Any, Any] = np.clip(2 * (math.log2(max(1.0, size)) - np.array(knots[:-1])), 0.0, 1.0)
+    return found
 
 
 def _left_out(design: _Design, times: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
