@@ -94,17 +94,17 @@ def group(operator: Operator) -> str:
 
 
 def between(table: LatencyTable, known: Mapping[Operator, TableRow], graph: OperatorGraph) -> float:
-    """Milliseconds of a network that belong to no row: changes of precision, and weights that the caches do not hold.
+    """Milliseconds of a network that belong to no row: blocks, changes of precision, and weights that the caches do not hold.
 
     `known` are the table's rows by operator.
     """
     if table.correction is None:
         return 0.0
-    spent, line = table.correction.change_ms * changes(graph), table.correction.reach
+    spent, line, each = table.correction.change_ms * changes(graph), table.correction.reach, dict(table.correction.block_ms)
     here = at(line, footprint(known, graph))
     for node in graph.nodes:
         if there := known[node.operator].footprint:
-            spent += node.size_bytes * (here - at(line, there))
+            spent += each.get(node.operator.precision.name, 0.0) + node.size_bytes * (here - at(line, there))
     return table.scale * spent
 
 
@@ -327,7 +327,8 @@ def merge(a: LatencyTable, b: LatencyTable) -> LatencyTable:
     rest = best.correction
     if rest:
         line = tuple((place, best.scale * ms) for place, ms in rest.reach)
-        rest = TableCorrection(change_ms=best.scale * rest.change_ms, reach=line)
+        each = tuple((name, best.scale * ms) for name, ms in rest.block_ms)
+        rest = TableCorrection(change_ms=best.scale * rest.change_ms, block_ms=each, reach=line)
     return LatencyTable(
         target=a.target, environment=a.environment, rows=tuple(rows.values()),
         call=min(calls, key=noise, default=None), correction=rest,

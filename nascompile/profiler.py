@@ -4,7 +4,7 @@ A block is timed as a stack of itself with about as many bytes of weights as the
 caches as a network leaves them: a single block, or a few, whose weights fit into a cache that the network's do not, would be too fast.
 What a byte costs more in larger networks is timed by stacks of different depths. What a call of the runtime costs by itself is measured
 apart, by a graph that does nothing, and taken off, so that it is counted once and not a part of it with every block. Whole networks, timed
-in windows of their own, then fit a correction where that helps (`table_fit.py`), and others give the table its interval.
+in windows of their own, then fit a correction where that helps (`table_fit.py`) and give the table its interval, each left out in turn.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -53,8 +53,8 @@ DEPTH_SHARE = 0.75
 STACK_BYTES = 2**26
 """Weights of a stack beyond which more copies change nothing: they are outside the caches anyway."""
 NETWORKS = 36
-"""Whole networks, two thirds for the correction and one for the interval; fewer where they take long."""
-FEWEST_NETWORKS, NETWORKS_SECONDS = 18, 100.0
+"""Whole networks, for the correction and, each left out in its turn, for the interval; fewer where they take long."""
+FEWEST_NETWORKS, NETWORKS_SECONDS = 20, 100.0
 """Of large ones, not more than can be timed in about so many seconds."""
 POOL = 100
 """Random candidates from which whole networks are picked evenly over latency; as they come, most would be alike."""
@@ -76,9 +76,6 @@ CANARY = 0.1
 """A table is refused when rows timed now differ from it by more than this fraction (median)."""
 CALL = Operator(kind="call", dims=())
 """What a call costs whatever the network; a row of the journal, a field of the table."""
-HELD = (False, True, False)
-"""Which of the whole networks, as they are picked, give the interval."""
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -459,20 +456,14 @@ def _validate(
             quiet = _quieter(device, jobs, beside[len(anchors.operators) :], seconds, bench.seed)
             found += [rescaled(latency, pace) for latency in quiet]
     progress.step("timing whole networks", len(picked), len(picked))
-    # a space of one or two networks has none to spare: what fitted nothing may then give the interval
-    held = [HELD[i % len(HELD)] or len(picked) == 1 for i in range(len(picked))]
-    used = [not HELD[i % len(HELD)] for i in range(len(picked))]
-    calibration = _residuals(bench, table, _where(picked, used), _where(found, used))
+    calibration = _residuals(bench, table, picked, found)
     undisturbed = _quiet(calibration)
     graphs = [_graph(bench, r.candidate) for r in undisturbed]
-    fitted = table_fit.fit(msgspec.structs.replace(table, calibration=calibration), graphs, [r.measured.value for r in undisturbed])
-    validation = _residuals(bench, fitted, _where(picked, held), _where(found, held))
-    half = latency_table.interval_half_width(_quiet(validation))
-    return msgspec.structs.replace(fitted, validation=validation, relative_error=half), references
-
-
-def _where(values: Sequence[T], kept: Sequence[bool]) -> list[T]:
-    return [value for value, keep in zip(values, kept, strict=True) if keep]
+    fitted, left_out = table_fit.fit(table, graphs, [r.measured.value for r in undisturbed])
+    validation = tuple(msgspec.structs.replace(r, predicted_ms=ms) for r, ms in zip(undisturbed, left_out, strict=True))
+    half = latency_table.interval_half_width(validation)
+    fitted = msgspec.structs.replace(fitted, calibration=calibration, validation=validation, relative_error=half)
+    return fitted, references
 
 
 def _at_once(bench: Bench) -> int:
@@ -495,8 +486,7 @@ def _quiet(residuals: Sequence[Residual]) -> tuple[Residual, ...]:
 def pick(bench: Bench, table: LatencyTable, count: int) -> tuple[Candidate, ...]:
     """Different candidates spread evenly over predicted latency, as many of each uniform precision as of mixed ones.
 
-    In an order in which every third (`HELD`) is as varied as the others: the correction comes from these, the interval from those. Fewer
-    than `count` where the networks take long.
+    In random order, since they may not all be timed at once. Fewer than `count` where the networks take long.
     """
     rng = np.random.default_rng((bench.seed, 1))
     pools = []
@@ -512,15 +502,8 @@ def pick(bench: Bench, table: LatencyTable, count: int) -> tuple[Candidate, ...]
         share = (count - len(chosen)) // (len(pools) - number)
         even = _evenly(pool, share, chosen)
         chosen |= dict.fromkeys(even)
-    groups: list[list[Candidate]] = [[] for _ in HELD]
-    for i, c in enumerate(sorted(chosen, key=lambda c: next(pool[c] for pool in pools if c in pool))):
-        groups[i % len(groups)].append(c)
-    order: list[Candidate] = []
-    for part in groups:
-        rng.shuffle(part)  # type: ignore[arg-type]
-    while any(groups):
-        order += [part.pop() for part in groups if part]
-    return tuple(order)
+    order = sorted(chosen, key=lambda c: c.id)
+    return tuple(order[i] for i in rng.permutation(len(order)))
 
 
 def uniform(space: SearchSpace) -> tuple[SearchSpace, ...]:

@@ -332,6 +332,8 @@ class TableCorrection(Record, frozen=True):
     """Group of rows (`latency_table.group`) ▸ what they are multiplied by beside the scale."""
     change_ms: float = 0.0
     """Of a block that follows one of another precision."""
+    block_ms: tuple[tuple[str, float], ...] = ()
+    """Precision ▸ of each of its blocks."""
     reach: tuple[tuple[float, float], ...] = ()
     """(log2 of the bytes of weights that a call reads in layers, ms that each byte of a block costs more), beside the rows' own."""
 
@@ -349,9 +351,9 @@ class LatencyTable(Record, frozen=True):
     call: Quantity | None = None
     """Milliseconds that one call of the runtime takes whatever the network; counted once."""
     calibration: tuple[Residual, ...] = ()
-    """Whole networks that fitted `scale` and `correction`; their predictions have neither."""
+    """Whole networks, timed after the rows, that fitted `scale` and `correction`; their predictions have neither."""
     validation: tuple[Residual, ...] = ()
-    """Other whole networks, timed after the rows, that give the interval; their predictions include both."""
+    """The same networks, which give the interval: each is predicted by what was fitted to all others."""
     scale: float = 1.0
     correction: TableCorrection | None = None
     relative_error: float = 0.0

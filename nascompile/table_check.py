@@ -65,7 +65,8 @@ def _of_numbers(table: LatencyTable) -> Iterator[str]:
     if not math.isfinite(table.scale) or table.scale <= 0:
         yield f"scale is {table.scale}"
     if table.correction:
-        numbers = (*(f for _, f in table.correction.factors), table.correction.change_ms, *itertools.chain(*table.correction.reach))
+        c = table.correction
+        numbers = (*(v for _, v in (*c.factors, *c.block_ms)), c.change_ms, *itertools.chain(*c.reach))
         if not all(map(math.isfinite, numbers)) or any(f <= 0 for _, f in table.correction.factors):
             yield f"its correction is not a number or takes a precision for free: {table.correction}"
     for name in ("relative_error", "drift", "seconds"):
@@ -82,10 +83,6 @@ def _of_networks(table: LatencyTable) -> Iterator[str]:
             if r.measured.value == 0:
                 yield f"{part} network {r.candidate.id}: took no time"
             yield from (f"{part} network {r.candidate.id}: {fault}" for fault in _of_quantity(r.measured))
-    both = {r.candidate for r in table.calibration} & {r.candidate for r in table.validation}
-    # a space of one network has none to spare, and a scale of 1 is not fitted to it
-    if both and (table.scale != 1.0 or table.correction):
-        yield f"{len(both)} networks fitted the table and then gave the interval: {', '.join(sorted(c.id for c in both))}"
 
 
 def _of_interval(table: LatencyTable) -> Iterator[str]:
