@@ -67,8 +67,10 @@ def _of_numbers(table: LatencyTable) -> Iterator[str]:
     if table.correction:
         c = table.correction
         numbers = (*(v for _, v in (*c.factors, *c.block_ms)), c.change_ms, *itertools.chain(*c.reach))
-        if not all(map(math.isfinite, numbers)) or any(f <= 0 for _, f in table.correction.factors):
-            yield f"its correction is not a number or takes a precision for free: {table.correction}"
+        if not all(map(math.isfinite, numbers)) or any(f <= 0 for _, f in c.factors):
+            yield f"its correction is not a number or takes a group of rows for free: {c}"
+        if not _ascending([place for place, _ in c.reach], strictly=True):
+            yield f"the points of its correction do not ascend: {_listed([place for place, _ in c.reach])}"
     for name in ("relative_error", "drift", "seconds"):
         value = getattr(table, name)
         if not math.isfinite(value) or value < 0:
