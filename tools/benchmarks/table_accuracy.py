@@ -422,8 +422,8 @@ def _kept(path: Path, fresh: bool, make: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
-def run_model(case: Case, precisions: Sequence[str], count: int, seconds: float, fresh: bool) -> list[dict[str, Any]]:
-    """The rows of one model's cells."""
+def run_model(case: Case, precisions: Sequence[str], count: int, seconds: float, fresh: bool, without: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of one model's cells; `without`: ways of timing operators that are left out."""
     began = time.monotonic()
 
     def said(what: str) -> None:
@@ -432,8 +432,10 @@ def run_model(case: Case, precisions: Sequence[str], count: int, seconds: float,
     table = table_of(case, fresh)
     said(f"table of {len(table.rows)} rows, ± {100 * table.relative_error:.1f} %, scale {table.scale:.3f}")
     of_table = digest(table)[:8]
-    rows = {"isolated": _kept(case.folder / f"isolated-{of_table}.json", fresh, lambda: isolated(case, table))}
-    if case.backend_name == "onnxruntime":
+    rows = {}
+    if "isolated" not in without:
+        rows["isolated"] = _kept(case.folder / f"isolated-{of_table}.json", fresh, lambda: isolated(case, table))
+    if "profiler" not in without and case.backend_name == "onnxruntime":
         rows["profiler"] = _kept(case.folder / f"profiler-{of_table}.json", fresh, lambda: profiled(case, table))
     said("operators alone and profiled")
     amount = len(table.rows) + len(table.calibration)
@@ -462,6 +464,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--networks", type=int, default=0, help="fresh networks of a cell; 0: 40 of small models, 20 of base ones")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of timing per network")
+    parser.add_argument("--without", nargs="+", choices=("isolated", "profiler"), default=(), help="ways that take long for large models")
     parser.add_argument("--cache", type=Path, default=Path(".cache/table_accuracy"))
     parser.add_argument("--resume", action="store_true", help="the default: do not time again what has not changed")
     parser.add_argument("--fresh", action="store_true", help="time everything again")
@@ -475,7 +478,8 @@ def main() -> None:
     rows = []
     for model, precisions in wanted.items():
         case = Case(model, given.backend, given.threads, given.cache)
-        rows += run_model(case, precisions, given.networks or MODELS.get(model, (None, 0, 8))[2], given.seconds, given.fresh)
+        count = given.networks or MODELS.get(model, (None, 0, 8))[2]
+        rows += run_model(case, precisions, count, given.seconds, given.fresh, given.without)
     device = plugins.get("devices", targets.LOCAL).describe()
     versions = dict(plugins.get("backends", given.backend).versions())
     content = {
