@@ -422,7 +422,9 @@ def _kept(path: Path, fresh: bool, make: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
-def run_model(case: Case, precisions: Sequence[str], count: int, seconds: float, fresh: bool, without: Sequence[str]) -> list[dict[str, Any]]:
+def run_model(
+    case: Case, precisions: Sequence[str], count: int, seconds: float, fresh: bool, without: Sequence[str]
+) -> list[dict[str, Any]]:
     """The rows of one model's cells; `without`: ways of timing operators that are left out."""
     began = time.monotonic()
 
