@@ -160,7 +160,8 @@ def isolated(case: Case, table: LatencyTable) -> list[float]:
         jobs = [case.bench.operator(row.operator, 1, Path(scratch)) for row in table.rows]
         before = _pace(case, table)
         found = [case.device.time([job], seconds=profiler.ROW_SECONDS / 2, seed=0)[0].value for job in jobs]
-        return [ms * (before + _pace(case, table)) / 2 for ms in found]
+        pace = (before + _pace(case, table)) / 2
+        return [ms * pace for ms in found]
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,8 @@ def profiled(case: Case, table: LatencyTable) -> list[float]:
         with tempfile.TemporaryDirectory(dir=case.folder) as scratch:
             copies = case.bench.copies(row.operator)
             found.append(_profile(case, row.operator, copies, Path(scratch)) / copies)
-    return [ms * (before + _pace(case, table)) / 2 for ms in found]
+    pace = (before + _pace(case, table)) / 2
+    return [ms * pace for ms in found]
 
 
 def _profile(case: Case, operator: Any, copies: int, scratch: Path) -> float:
