@@ -151,14 +151,16 @@ def test_a_finished_profile_is_done_again_where_a_fresh_one_is_asked_for(
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(quick, Path("run"), until="profile")
     began, stop[0] = len(timed), len(timed) + 4
+    first = Told()
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(quick, Path("run"), until="profile", table="fresh")
+        pipeline.run(quick, Path("run"), until="profile", table="fresh", progress=first)
     stop[0] = 0
     told = Told()
     pipeline.run(quick, Path("run"), until="profile", table="fresh", progress=told)
     total = len(load(Path("run/table.json"), LatencyTable).rows)
     (note,) = [note for note in told.notes if "to time" in note]
     left = int(note.split()[0])
+    assert any(n.startswith(f"{total} of {total} operators to time") for n in first.notes), "with none of the first profile's"
     assert 0 < left < total, "what the interrupted fresh profile had timed is not timed again"
     assert began == 3, "the first profile had timed something too"
     pipeline.run(quick, Path("run"), until="profile", table="fresh", progress=told)
