@@ -30,6 +30,7 @@ from nascompile.records import LatencyTable, load
 
 SECONDS = "0.5"
 """Timing in all: enough for numbers, not for good ones."""
+TOY = ("--model", "toy", "--backend", "onnxruntime", "--networks", "10")
 
 
 def invoke(*arguments: object) -> Any:
@@ -45,7 +46,7 @@ def export(out: Path, *arguments: object) -> KitManifest:
 @pytest.fixture(scope="session")
 def toy_kit(tmp_path_factory: Any) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "kit"
-    export(folder, "--model", "toy", "--backend", "onnxruntime")
+    export(folder, *TOY)
     return folder
 
 
@@ -219,7 +220,7 @@ def test_a_kit_for_a_gpu_has_standard_graphs_that_run(provider: str, elsewhere: 
 
 
 def test_a_zip_of_a_kit_is_its_folder(toy_kit: Path, elsewhere: Path) -> None:
-    done = invoke("kit", "export", "--out", "kit.zip", "--seconds", SECONDS, "-q", "--model", "toy", "--backend", "onnxruntime", "--json")
+    done = invoke("kit", "export", "--out", "kit.zip", "--seconds", SECONDS, "-q", *TOY, "--json")
     assert done.exit_code == 0, done.output
     with zipfile.ZipFile("kit.zip") as packed:
         assert packed.testzip() is None

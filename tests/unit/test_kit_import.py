@@ -302,6 +302,19 @@ def test_an_unchanged_manifest_is_taken(changed):
     assert changed(lambda data: None).rows
 
 
+def test_a_kit_of_a_gpu_makes_a_table_of_it(tmp_path):
+    recipe = msgspec.structs.replace(toy_recipe(), device="cpu", backend="onnxruntime")
+    made = pipeline.export_kit(recipe, None, tmp_path / "gpu", provider="cuda", networks=4)
+    body = results(tmp_path / "gpu", made)
+    gpu = [["gpu", "NVIDIA H100 80GB HBM3"], ["compute_capability", "9.0"], ["driver", "13.0"]]
+    body["data"]["environment"]["device"] = gpu
+    table = imported(body, tmp_path / "gpu", tmp_path)
+    assert [list(pair) for pair in table.environment.must_match[:3]] == gpu
+    assert dict(table.environment.must_match)["session.provider"] == "cuda"
+    assert {row.operator.precision.name for row in table.rows} == {"fp16", "int8-symmetric"}
+    assert {row.operator for row in table.rows} == set(network.operators(*family(made), made.space, made.target))
+
+
 # ---------------------------------------------------------------------------------------------- where results are
 
 
