@@ -75,7 +75,7 @@ if os.environ.get("STEPS"):
     def counted(*arguments):
         with open(os.environ["STEPS"] + os.environ["RANK"], "a") as stream:
             stream.write(f"{arguments[0].folder.name} {arguments[5]}\\n")
-        real(*arguments)
+        return real(*arguments)
     finetune._step = counted
 from nascompile.cli import main
 main()
