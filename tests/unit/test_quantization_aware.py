@@ -145,7 +145,7 @@ def test_children_inherit_it(tmp_path):
         precisions = (FLOAT32, plugins.get("quantization", names[1]).precision)
         job = replace(job, space=msgspec.structs.replace(job.space, genes=coarse, precisions=precisions))
         with torch.no_grad():
-            for name, parameter in job.net.model.blocks.named_parameters():
+            for parameter in job.net.model.blocks.parameters():
                 parameter.mul_(20 if parameter.ndim > 1 else 1)  # blocks that matter: they begin with weights of 0.02
         finetune.train(job, Silent())
         batches, target = load_batches(job.train, np.arange(len(job.train)), 8), job.space.targets[0]
