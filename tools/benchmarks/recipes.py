@@ -89,7 +89,7 @@ class Task:
 TASKS = {
     "fashion": Task(epochs=20, batch=128),
     "reviews": Task(epochs=8, batch=64, teacher_epochs=4, data={"test_size": 2000, "validation_size": 1500}),
-    "toy": Task(epochs=4, batch=64, teacher_epochs=6, learning_rate=2e-3, validation=200),
+    "toy": Task(epochs=4, batch=64, teacher_epochs=2, learning_rate=2e-3, validation=200),
 }
 DEFAULT = ("fashion", "reviews")
 
