@@ -73,10 +73,10 @@ class State:
         """Name of the file with the best weights."""
         return BEST_QUANTIZED if self.quantized else BEST
 
-    def note(self, epoch: float, score: float, net: nn.Module, folder: Path, write: bool) -> None:
-        """Remember a validation score; keep the weights if it is the best so far."""
+    def note(self, epoch: float, score: float, net: nn.Module, folder: Path, write: bool, *, anyway: bool = False) -> None:
+        """Remember a validation score; keep the weights if it is the best so far, or anyway."""
         self.history.append((epoch, score))
-        if score > self.best:
+        if anyway or score > self.best:
             self.best, self.best_epoch = score, epoch
             if write:
                 store_tensors(net.state_dict(), folder / self.kept)

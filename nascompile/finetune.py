@@ -90,6 +90,8 @@ class Job:
     teacher: np.ndarray[Any, Any] | None = None
     aware_epochs: int = 0
     """Last epochs, which compute with quantized products."""
+    keep_best: bool = True
+    """Whether the weights of the best validation score are kept; else those of the last step."""
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,8 @@ def train(job: Job, progress: Progress) -> TrainingLog:
     def validate(epoch: float) -> None:
         state.note_loss(epoch)
         with average.shown(net) if average else nullcontext():
-            state.note(epoch, _validate(job, net, accelerator, aware), net, job.folder, accelerator.is_main_process)
+            score, main = _validate(job, net, accelerator, aware), accelerator.is_main_process
+            state.note(epoch, score, net, job.folder, main, anyway=not job.keep_best)
 
     if resumed is None and (aware_from or not total):
         validate(0.0)

@@ -308,6 +308,14 @@ def test_training_stops_early_and_keeps_its_best_weights(scores, best_epoch, epo
     assert [n for n, picture in album.pictures.items() if same(picture, weights(job.net))] == [4 * best_epoch]
 
 
+def test_the_last_weights_are_kept_where_the_best_are_not_asked_for(tmp_path):
+    job = replace(make_job(tmp_path / "run", recipe="plain", epochs=3, task=Scripted([10, 60, 50, 40])), keep_best=False)
+    album = Album(job.net)
+    log = finetune.train(job, album)
+    assert same(weights(job.net), album.pictures[12])
+    assert (log.best, log.best_epoch) == (40, 3)
+
+
 def test_a_metric_to_be_minimized_is_not_maximized(tmp_path):
     class Error(Scripted):
         def direction(self, metric):

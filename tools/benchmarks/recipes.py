@@ -18,10 +18,10 @@ Each is done twice: in float throughout (INT8 is then post-training quantization
 (`qat`). INT8 is the emulation that a search scores with: every block INT8, ranges calibrated on the calibration split by the method that is
 best for the largest network.
 
-Teachers stop, and every training keeps its best epoch, on samples set apart from training; the accuracies printed are on validation, which
-nothing here is chosen by. Test is never read. A `gap` is the recipe's accuracy less that of the same networks alone, in points, with a 95 %
-interval over validation samples (paired, averaged over networks and seeds; it says nothing of other seeds: their standard deviation is
-beside it).
+A training's last weights are taken, whatever it was. A teacher's are those of its best epoch on samples set apart from training, which
+also choose the method of calibration; the accuracies printed are on validation, which nothing here is chosen by. Test is never read. A
+`gap` is the recipe's accuracy less that of the same networks alone, in points, with a 95 % interval over validation samples (paired,
+averaged over networks and seeds; it says nothing of other seeds: their standard deviation is beside it).
 
 Everything is kept under --cache, so a run that was stopped goes on; --fresh starts over.
 """
@@ -62,7 +62,7 @@ RANDOM, NETWORK_SEED = 20, 7
 """Random networks, and the seed they are drawn with."""
 CALIBRATION, EVALUATION_BATCH = 128, 250
 SET_APART = 0.1
-"""Share of the training samples by which epochs are chosen."""
+"""Share of the training samples by which a teacher's epoch and the method of calibration are chosen."""
 CALIBRATED_BY = tuple(method for method in METHODS if method != "entropy")
 
 
@@ -186,7 +186,7 @@ def prepare(bench: Bench, task: str) -> None:
 
 @dataclass(frozen=True)
 class Material:
-    """A task's splits: what is trained on, what chooses the epoch, what ranges come from, what accuracies are of."""
+    """A task's splits: what is trained on, what is set apart of it, what ranges come from, what accuracies are of."""
 
     train: Split
     selection: Split
@@ -296,7 +296,7 @@ def run(bench: Bench, cell: Cell) -> dict[str, Any]:
     row = {
         **asdict(cell), "networks": score(net, space, [points[i] for i in which], material), "which": which, "seconds": 0.0,
         "device": device_name(), "train_samples": len(material.train), "validation_samples": len(material.validation),
-        "steps": log.steps if log else 0, "best_epoch": log.best_epoch if log else 0.0, "losses": log.losses if log else (),
+        "steps": log.steps if log else 0, "losses": log.losses if log else (),
         "settings": asdict(t), "mixed_precision": bench.mixed_precision,
     }  # fmt: skip
     row["seconds"] = time.monotonic() - began
@@ -318,7 +318,7 @@ def job_of(bench: Bench, cell: Cell, net: Supernet, space: SearchSpace, material
     return finetune.Job(
         net=net, space=space, recipe=recipe, terms=terms, settings=settings, train=material.train, validation=material.selection,
         metric="accuracy", epochs=t.epochs, folder=made(folder / "training" / bench.row(cell).stem), seed=cell.seed, teacher=logits,
-        aware_epochs=t.aware_epochs if cell.aware else 0,
+        aware_epochs=t.aware_epochs if cell.aware else 0, keep_best=False,
     )  # fmt: skip
 
 
