@@ -38,6 +38,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -473,17 +474,19 @@ def perform(bench: Bench, cells: Sequence[Cell], jobs: int, cuda: bool) -> list[
             said(f"{cell.label}: {run(bench, cell)['networks'][0]['fp32']:.2f} %")
     elif missing:
         context = multiprocessing.get_context("spawn")
-        with context.Pool(jobs, _begin, (_gpus(cuda), jobs, context.Value("i", 0))) as pool:
-            pool.starmap(start, starts, chunksize=1)
+        with ProcessPoolExecutor(jobs, context, _begin, (_gpus(cuda), jobs, context.Value("i", 0))) as pool:
+            for made_ready in [pool.submit(start, *one) for one in starts]:
+                made_ready.result()
             said("teachers")
-            for row in pool.imap_unordered(_run, [(bench, cell) for cell in missing], chunksize=1):
-                said(f"{row['task']}:{row['recipe']} {'qat' if row['aware'] else 'ptq'} {row['networks'][0]['fp32']:.2f} %, "
-                     f"{row['seconds']:.0f} s")  # fmt: skip
+            running = {pool.submit(run, bench, cell): cell for cell in missing}
+            for done in as_completed(running):
+                failed = done.exception()
+                row = {} if failed else done.result()
+                said(f"{running[done].label}: {failed!r}" if failed else
+                     f"{running[done].label}: {row['networks'][0]['fp32']:.2f} %, {row['seconds']:.0f} s")  # fmt: skip
+        for done in running:
+            done.result()  # what failed is raised when all others are kept
     return [json.loads(bench.row(cell).read_text()) for cell in cells if bench.row(cell).is_file()]
-
-
-def _run(given: tuple[Bench, Cell]) -> dict[str, Any]:
-    return run(*given)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
