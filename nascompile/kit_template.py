@@ -539,6 +539,8 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def describe_window(kit: Kit, window: dict[str, Any]) -> str:
+    if len(window["graphs"]) == 1:
+        return label(kit.graphs[window["graphs"][0]])
     networks = sum(kit.graphs[name].get("candidate") is not None for name in window["graphs"])
     return f"{networks} whole networks" if networks else f"{len(window['graphs'])} operators"
 
@@ -550,6 +552,8 @@ def expected_again(window: dict[str, Any]) -> float:
 
 def label(graph: dict[str, Any]) -> str:
     operator = graph.get("operator")
+    if operator and operator["kind"] == "call":
+        return "a call of the runtime"
     if not operator:
         return f"network {graph['id']}" if graph.get("candidate") else "the reference"
     sizes = " ".join(f"{name}={size}" for name, size in operator["dims"])

@@ -635,10 +635,11 @@ def _operators(records: RunRecords, engines: list[Json]) -> Json:
         size = sum(n.size_bytes for n in manifest.graph.nodes if n.operator in rows and rows[n.operator].footprint) if manifest.graph else 0
         for node in manifest.graph.nodes if manifest.graph else ():
             if row := rows.get(node.operator):
+                in_ms = msgspec.structs.replace(row, latency=msgspec.structs.replace(row.latency, value=_ms(row.latency)))
                 blocks.append(
                     {
                         "block": node.name, "kind": node.operator.kind, "operator": node.operator.label, "noisy": row.noisy,
-                        "latency_ms": latency_table.counted(records.table, row, size), "precision": node.operator.precision.name,
+                        "latency_ms": latency_table.counted(records.table, in_ms, size), "precision": node.operator.precision.name,
                     }
                 )  # fmt: skip
             else:

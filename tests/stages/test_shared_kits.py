@@ -48,10 +48,6 @@ def export(*arguments: object, out: str = "kit") -> KitManifest:
     return load(Path(out) / "manifest.json", KitManifest)
 
 
-def operators(manifest: KitManifest) -> set[Any]:
-    return {graph.operator for graph in manifest.graphs if graph.operator}
-
-
 def shared(model: Path, *names: str) -> list[set[Any]]:
     """What a search for these devices needs a table of each for, by the search's own functions."""
     config, family = read_config(model), plugins.get("families", "vit")
@@ -65,12 +61,12 @@ def shared(model: Path, *names: str) -> list[set[Any]]:
 def test_a_kit_has_exactly_the_operators_of_the_shared_space(vit: Path) -> None:
     _, wanted = shared(vit, "cpu:openvino", "board:onnxruntime")
     manifest = export("--model", vit, "--device", "board:onnxruntime", "--device", "cpu:openvino", "--processor", "vnni")
-    assert operators(manifest) == wanted
+    assert manifest.operators == wanted
     assert (manifest.target.device, manifest.target.threads) == ("board", 2)
     alone = export("--model", vit, "--device", "board:onnxruntime", "--processor", "vnni", out="alone")
-    assert wanted != operators(alone), "the network has widths that are no multiples of 64"
+    assert wanted != alone.operators, "the network has widths that are no multiples of 64"
     assert {o.dim("width") for o in wanted if o.kind == "mlp"} == {64, 128, 192}
-    assert {o.dim("width") for o in operators(alone) if o.kind == "mlp"} == {64, 96, 128, 192}
+    assert {o.dim("width") for o in alone.operators if o.kind == "mlp"} == {64, 96, 128, 192}
 
 
 def test_a_kit_of_a_run_is_for_all_devices_of_the_run(vit: Path) -> None:
