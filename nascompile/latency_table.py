@@ -111,8 +111,11 @@ def between(table: LatencyTable, known: Mapping[Operator, TableRow], graph: Oper
 
 
 def footprint(known: Mapping[Operator, TableRow], graph: OperatorGraph) -> int:
-    """Bytes of weights that a call reads in layers; what a network has once, such as a table of words, may be read in part only."""
-    return sum(node.size_bytes for node in graph.nodes if known[node.operator].footprint)
+    """Bytes of weights that a call reads in layers; what a network has once, such as a table of words, may be read in part only.
+
+    What has no row is not counted.
+    """
+    return sum(node.size_bytes for node in graph.nodes if (row := known.get(node.operator)) and row.footprint)
 
 
 def changes(graph: OperatorGraph) -> int:
@@ -394,12 +397,6 @@ def rescaled(latency: Quantity, factor: float, less: float = 0.0) -> Quantity:
 def _target_differences(a: Target, b: Target) -> str:
     names = [name for name in a.__struct_fields__ if getattr(a, name) != getattr(b, name)]
     return "\n".join(f"{name}: {getattr(a, name)} and {getattr(b, name)}" for name in names)
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 def _t95(freedom: int) -> float:

@@ -632,7 +632,7 @@ def _operators(records: RunRecords, engines: list[Json]) -> Json:
     for manifest in shown:
         blocks: list[Json] = []
         unknown = []
-        size = sum(n.size_bytes for n in manifest.graph.nodes if n.operator in rows and rows[n.operator].footprint) if manifest.graph else 0
+        size = latency_table.footprint(rows, manifest.graph) if manifest.graph else 0
         for node in manifest.graph.nodes if manifest.graph else ():
             if row := rows.get(node.operator):
                 in_ms = msgspec.structs.replace(row, latency=msgspec.structs.replace(row.latency, value=_ms(row.latency)))

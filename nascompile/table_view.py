@@ -60,7 +60,8 @@ def _rest(table: LatencyTable) -> str:
     if table.correction is None:
         return ""
     times = "".join(f", those of {name} × {factor:.3f}" for name, factor in table.correction.factors if factor != 1)
-    return f"{times} + {table.correction.change_ms:.4f} ms for each change of precision"
+    blocks = "".join(f" + {ms:.4f} ms for each block of {name}" for name, ms in table.correction.block_ms)
+    return f"{times}{blocks} + {table.correction.change_ms:.4f} ms for each change of precision, and by bytes of weights"
 
 
 def by_kind(table: LatencyTable) -> list[RenderableType]:

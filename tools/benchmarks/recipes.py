@@ -43,6 +43,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -262,7 +263,7 @@ def start(bench: Bench, task: str, seed: int) -> None:
     chosen = plugins.get("tasks", "classification")
     if t.teacher_epochs:
         recipe = plugins.get("recipes", "plain")
-        settings = replace_settings(settings_of(bench, task), learning_rate=t.learning_rate)
+        settings = settings_of(bench, task)
         job = finetune.Job(
             net=net, space=space_of(net, material, ()), recipe=recipe, terms=finetune.terms_of(chosen, recipe, settings),
             settings=settings, train=material.train, validation=material.selection, metric="accuracy", epochs=t.teacher_epochs,
@@ -273,10 +274,6 @@ def start(bench: Bench, task: str, seed: int) -> None:
     finetune.teacher_logits(net, material.train, folder / "teacher_logits.npy", silent)
     space = finetune.sort_by_importance(net, lambda order: space_of(net, material, order), material.train, chosen)
     finetune.store_model(net.to("cpu"), folder / "start", {"manifest.json": space})
-
-
-def replace_settings(settings: FinetuneSettings, **changes: Any) -> FinetuneSettings:
-    return FinetuneSettings(**{name: getattr(settings, name) for name in settings.__struct_fields__} | changes)
 
 
 def run(bench: Bench, cell: Cell) -> dict[str, Any]:
@@ -311,7 +308,7 @@ def job_of(bench: Bench, cell: Cell, net: Supernet, space: SearchSpace, material
     t, settings = bench.tasks[cell.task], settings_of(bench, cell.task)
     recipe = plugins.get("recipes", {"alone": "plain", "alone-distilled": "instatune"}.get(cell.recipe, cell.recipe))
     peak = finetune.peak_rate(plugins.get("recipes", "instatune"), settings, net.config)
-    settings = replace_settings(settings, learning_rate=peak, supernet_learning_rate=peak)
+    settings = msgspec.structs.replace(settings, learning_rate=peak, supernet_learning_rate=peak)
     terms = finetune.terms_of(plugins.get("tasks", "classification"), recipe, settings)
     if cell.network >= 0:
         terms = replace(terms, random_subnets=0)
