@@ -332,3 +332,30 @@ def test_batches_hold_what_fits(space, tmp_path, monkeypatch):
     assert all(sum(map(bench.bytes_of, b)) <= whole for b in batches)
     assert len(batches) > 2
     assert INT8 in {o.precision for o in operators}
+
+
+def test_rows_say_what_they_cost_in_networks_of_other_sizes(space, tmp_path, monkeypatch):
+    """A cache of 4000 bytes: every byte of a stack that does not fit into it costs more."""
+    sizes = network.operator_bytes(Family(), None, space, TARGET)
+
+    def stack(blueprint, family, config, operator, repeat, *rest):
+        late = 1e-4 * sizes[operator] * (repeat * sizes[operator] > 4000) if operator.kind == "mlp" else 0.0
+        return repeat * (block_ms(operator) + late)
+
+    monkeypatch.setattr(profiler.lowering, "lower_operator", stack)
+    table = profile(space, tmp_path, Device())
+    for row in table.rows:
+        if row.operator.kind == "mlp" and row.operator.precision.name == "fp32":
+            late = 1e-4 * sizes[row.operator] * (row.footprint > 4000)
+            assert latency_table.at(row.reach, 10**6) - latency_table.at(row.reach, 1) == pytest.approx(1e-4 * sizes[row.operator])
+            assert row.latency.value + latency_table.at(row.reach, 1) == pytest.approx(block_ms(row.operator))
+            assert late > 0, "its stack weighs what the largest network does"
+        if row.operator.kind == "head":
+            assert (row.footprint, row.reach) == (0, ())
+
+
+def test_networks_of_every_precision_are_picked(space, tmp_path):
+    table = profile(space, tmp_path, Device(), networks=12)
+    kinds = [{name for _, name in dict(r.candidate.precision)[TARGET.id]} for r in table.calibration]
+    assert min(kinds.count({"fp32"}), kinds.count({"int8"})) >= 4, "a third each"
+    assert kinds.count({"fp32", "int8"}) >= 1, "of the last third, where one layer cannot be mixed"
