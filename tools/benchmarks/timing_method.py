@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from table_accuracy import CELLS, MODELS, Case
 
-from nascompile import plugins, space as spaces, targets
+from nascompile import plugins, profiler, space as spaces, targets
 from nascompile.devices import interleave
 
 SEED = 11
@@ -73,7 +73,7 @@ def depth(case: Case, count: int, seconds: float) -> dict[str, Any]:
         groups.setdefault((operator.kind, operator.precision.name, dict(operator.dims).get("sequence")), []).append(operator)
     ends = [o for of in groups.values() for o in (of[0], of[-1])]
     wanted = [(o, n) for o in ends for n in sorted({max(1, round(mb * 1e6 / sizes[o])) for mb in DEPTHS})]
-    wanted = [(o, n) for o, n in wanted if n <= 2 * max(DEPTHS) and n * sizes[o] <= 1.1e6 * max(DEPTHS)]
+    wanted = [(o, n) for o, n in wanted if n <= profiler.DEEPEST and n * sizes[o] <= 1.1e6 * max(DEPTHS)]
     with tempfile.TemporaryDirectory() as scratch:
         jobs = [case.bench.operator(o, n, Path(scratch)) for o, n in wanted]
         timed = case.device.time(jobs, seconds=seconds * len(jobs), seed=SEED)
@@ -119,8 +119,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             case = Case(model, "onnxruntime", 1, Path(folder))
             for name in given.parts:
-                print(f"{model}: {name}", file=sys.stderr, flush=True)
-                found.setdefault(model, {})[name] = PARTS[name](case, given.networks, given.seconds)
+                part = found.setdefault(model, {})[name] = PARTS[name](case, given.networks, given.seconds)
+                print(f"{model}: {name}: {json.dumps(part)}", file=sys.stderr, flush=True)
     device = plugins.get("devices", targets.LOCAL).describe()
     content = {"models": found, "device": device, "versions": dict(plugins.get("backends", "onnxruntime").versions())}
     print(json.dumps(content, indent=1 if given.json else None))
