@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,48 @@ class Pricing:
         size = self.structure_bytes + sum(node.size_bytes for node in graph.nodes)
         parameters, macs = sum(node.parameters for node in graph.nodes), sum(node.macs for node in graph.nodes)
         return {"latency_ms": latency.value, "size_mb": size / 1e6, "macs_m": macs / 1e6}, latency, size, parameters, macs
+
+    def costs(self, point: Candidate) -> dict[str, float]:
+        """{metric: value} as above, thousands of candidates a second: a block's costs are remembered."""
+        keys = self._blocks(point)
+        if any(key not in self._known for key in keys):
+            graph = network.graph(self.family, self.config, self.space, point, self.target)
+            latency_table.predict(self.table, graph)
+            for key, node in zip(keys, graph.nodes, strict=True):
+                self._known[key] = (self._rows[node.operator], node.size_bytes, node.macs)
+        latencies, sizes, macs = zip(*(self._known[key] for key in keys), strict=True)
+        call = self.table.call.value if self.table.call else 0.0
+        size = self.structure_bytes + sum(sizes)
+        return {"latency_ms": self.table.scale * (call + sum(latencies)), "size_mb": size / 1e6, "macs_m": sum(macs) / 1e6}
+
+    def _blocks(self, point: Candidate) -> list[tuple[Any, ...]]:
+        """What decides the costs of each of the candidate's blocks, in execution order."""
+        chosen, layers = dict(point.architecture), set(spaces.kept_layers(self.space, point))
+        kept = [(segment, genes) for segment, genes in self._segments if segment.layer is None or segment.layer in layers]
+        names = [network.block_precision(self.space, point, segment, self.target.id).name for segment, _ in kept]
+        state = (max(layers, default=None), any(self._dynamic[name] for name in names))  # what is computed for the first token only
+        return [(s.name, *(chosen.get(gene) for gene in genes), name, state) for (s, genes), name in zip(kept, names, strict=True)]
+
+    @cached_property
+    def _segments(self) -> list[tuple[Any, tuple[str, ...]]]:
+        groups, known = self.family.groups(self.config), {gene.name for gene in self.space.genes}
+        found = []
+        for segment in self.family.segments(self.config):
+            own = (group.gene for group in groups if any(p in segment.parameters for p, _ in group.members))
+            found.append((segment, tuple(gene for gene in dict.fromkeys(own) if gene in known)))
+        return found
+
+    @cached_property
+    def _known(self) -> dict[tuple[Any, ...], tuple[float, int, int]]:
+        return {}
+
+    @cached_property
+    def _rows(self) -> dict[Any, float]:
+        return {row.operator: row.latency.value for row in self.table.rows}
+
+    @cached_property
+    def _dynamic(self) -> dict[str, bool]:
+        return {"fp32": False, **{precision.name: precision.dynamic for precision in self.space.precisions}}
 
 
 def search(
@@ -269,5 +312,3 @@ def _shape(point: Candidate) -> str:
     for name, value in point.architecture:
         widths.setdefault(name.rpartition(".")[2], []).append(value)
     return ", ".join(f"{name}={'/'.join(map(str, values))}" for name, values in widths.items())
-
-

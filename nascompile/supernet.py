@@ -120,7 +120,7 @@ class Observer:
         """Ranges by `minmax`, `percentile` (99.99 % kept on each side), `mse` (least squared error) or `entropy` (least divergence)."""
         found = []
         for name in sorted(self.low):
-            values = torch.cat(self.samples[name])[:SAMPLES_PER_SITE].numpy()
+            values = torch.cat(self.samples[name])[:SAMPLES_PER_SITE].cpu().numpy()
             found.append((name, *_clip(method, values, self.low[name], self.high[name], self.sites[name])))
         return ActivationRanges(method=method, sites=tuple(found))
 
@@ -182,13 +182,19 @@ class FakeQuantizer:
     def __call__(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if name not in self.schemes:
             return plain(name, x, weight, bias)
-        if name not in self._weights:
-            scheme = self.schemes[name]
-            integers, scale = scheme.quantize_weight(weight.detach().numpy())
-            self._weights[name] = torch.from_numpy(dequantize(integers, scale, scheme.precision.weights.group_size))
+        rounded = self.weight(name, weight)
         if x.is_floating_point() and self.schemes[name].precision.activations.kind == "int":
             x = self._activation(name, x)
-        return plain(name, x, self._weights[name], bias)
+        return plain(name, x, rounded, bias)
+
+    def weight(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """What the engine multiplies by, as floats: computed at a product's first call."""
+        if name not in self._weights:
+            scheme = self.schemes[name]
+            integers, scale = scheme.quantize_weight(weight.detach().cpu().numpy())
+            floats = torch.from_numpy(dequantize(integers, scale, scheme.precision.weights.group_size))
+            self._weights[name] = floats.to(weight.device)
+        return self._weights[name]
 
     def _activation(self, name: str, x: torch.Tensor) -> torch.Tensor:
         if self._last is None or self._last[0] is not x:  # query, key and value read one tensor

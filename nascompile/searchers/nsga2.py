@@ -10,22 +10,24 @@ from pymoo.core.duplicate import DuplicateElimination
 from pymoo.core.evaluator import Evaluator
 from pymoo.core.mutation import Mutation
 from pymoo.core.population import Population
-from pymoo.core.problem import Problem
+from pymoo.core.problem import Problem as Vectors
 from pymoo.operators.crossover.ux import UniformCrossover
 from pymoo.problems.static import StaticProblem
 
 from nascompile import space as spaces
 from nascompile.records import Candidate, SearchSpace
+from nascompile.searchers import Problem, Request
 
 CROSSOVER = 0.9
 
 
 class Nsga2Run:
-    def __init__(self, space: SearchSpace, objectives: int, population: int, first: tuple[Candidate, ...], seed: int) -> None:
+    def __init__(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> None:
+        space, objectives = problem.space, problem.objectives
         self.space = space
         slots = [spaces.slot_gene(space, slot).choices for slot in spaces.gene_names(space)]
         top = np.array([len(choices) - 1 for choices in slots])
-        self.problem = Problem(n_var=len(top), n_obj=objectives, n_ieq_constr=1, xl=np.zeros(len(top)), xu=top, vtype=int)
+        self.problem = Vectors(n_var=len(top), n_obj=objectives, n_ieq_constr=1, xl=np.zeros(len(top)), xu=top, vtype=int)
         self.seen: set[Candidate] = set()
         self.size, self.rng = spaces.size(space), np.random.default_rng(seed)
         start = _start(space, population, first, self.rng, self.size)
@@ -40,7 +42,7 @@ class Nsga2Run:
         """pymoo's algorithm, which decides who survives."""
         return NSGA2(**settings)
 
-    def ask(self) -> tuple[Candidate, ...]:
+    def ask(self) -> tuple[Request, ...]:
         if len(self.seen) == self.size:
             return ()
         self.asked = self.algorithm.ask()
@@ -48,7 +50,7 @@ class Nsga2Run:
             self.asked = Population.new(X=self._strangers())
         points = tuple(spaces.decode(self.space, tuple(int(i) for i in row)) for row in self.asked.get("X"))
         self.seen.update(points)
-        return points
+        return tuple(Request(point) for point in points)
 
     def _strangers(self) -> np.ndarray[Any, Any]:
         """Genomes (n, genes) of random candidates that are new to the run, at most a population of them."""
@@ -56,7 +58,7 @@ class Nsga2Run:
         found = list(dict.fromkeys(point for point in drawn if point not in self.seen))[: self.algorithm.pop_size]
         return np.array([spaces.encode(self.space, point) for point in found]).reshape(len(found), self.problem.n_var)
 
-    def tell(self, points: tuple[Candidate, ...], objectives: Any, violations: Any) -> None:
+    def tell(self, requests: tuple[Request, ...], objectives: Any, violations: Any) -> None:
         static = StaticProblem(self.problem, F=np.asarray(objectives, dtype=float), G=np.asarray(violations, dtype=float)[:, None])
         Evaluator().eval(static, self.asked)
         self.algorithm.tell(infills=self.asked)
@@ -113,8 +115,8 @@ class _Unseen(DuplicateElimination):  # type: ignore[misc]
 class Nsga2:
     name = "nsga2"
 
-    def start(self, space: SearchSpace, objectives: int, population: int, first: tuple[Candidate, ...], seed: int) -> Nsga2Run:
-        return Nsga2Run(space, objectives, population, first, seed)
+    def start(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> Nsga2Run:
+        return Nsga2Run(problem, population, first, seed)
 
 
 PLUGIN = Nsga2()

@@ -8,6 +8,7 @@ import numpy as np
 
 from nascompile import space as spaces
 from nascompile.records import Candidate, SearchSpace
+from nascompile.searchers import Problem, Request
 
 TRIES = 200
 
@@ -17,7 +18,7 @@ class RandomRun:
         self.space, self.population, self.rng = space, population, np.random.default_rng(seed)
         self.waiting, self.seen = list(first), set(first)
 
-    def ask(self) -> tuple[Candidate, ...]:
+    def ask(self) -> tuple[Request, ...]:
         for _ in range(TRIES * self.population):
             if len(self.waiting) >= self.population:
                 break
@@ -26,16 +27,16 @@ class RandomRun:
                 self.seen.add(point)
                 self.waiting.append(point)
         asked, self.waiting = self.waiting[: self.population], self.waiting[self.population :]
-        return tuple(asked)
+        return tuple(Request(point) for point in asked)
 
-    def tell(self, points: tuple[Candidate, ...], objectives: Any, violations: Any) -> None: ...
+    def tell(self, requests: tuple[Request, ...], objectives: Any, violations: Any) -> None: ...
 
 
 class Random:
     name = "random"
 
-    def start(self, space: SearchSpace, objectives: int, population: int, first: tuple[Candidate, ...], seed: int) -> RandomRun:
-        return RandomRun(space, population, first[:2], seed)
+    def start(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> RandomRun:
+        return RandomRun(problem.space, population, first[:2], seed)
 
 
 PLUGIN = Random()

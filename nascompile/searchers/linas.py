@@ -1,0 +1,197 @@
+"""LINAS (Cummings et al. 2022): measure, fit predictors to everything measured, breed on the predictors, measure the best; repeat.
+
+As published and as its code has it: the first population is random; per objective, ridge regression or a support vector machine on
+one-hot genes, whichever predicts better in cross-validation; NSGA-II with 400 generations of 50 on the predictions; the whole last
+generation is measured. Where the code differs from its own idea, the idea: what was measured before is not measured again (the next
+best predictions are), what is returned is always measured, given candidates do start the search, and predictors see whole batches.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from pymoo.algorithms.moo.nsga2 import NSGA2
+from pymoo.core.problem import Problem as Vectors
+from pymoo.core.repair import Repair
+from pymoo.operators.crossover.sbx import SBX
+from pymoo.operators.mutation.pm import PM
+from pymoo.operators.repair.rounding import RoundingRepair
+from pymoo.operators.sampling.rnd import IntegerRandomSampling
+from pymoo.optimize import minimize
+from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GridSearchCV
+from sklearn.svm import SVR
+
+from nascompile.records import Candidate
+from nascompile.searchers import Problem, Request
+from nascompile.searchers.blocks import Blocks
+from nascompile.searchers.encoding import Array, Encoding
+
+GENERATIONS, BREEDING, CROSSOVER, MUTATION = 400, 50, 0.9, 0.02
+CROSSOVER_ETA, MUTATION_ETA = 15.0, 20.0
+ALPHAS, COSTS = np.geomspace(0.1, 10, 9), np.geomspace(1, 100, 9)
+"""Of the ranges that the published code has in steps of 0.1 and 1, nine values each."""
+FOLDS = 5
+TRIES = 200
+
+
+class LinasRun:
+    exact = False
+    """Whether what costs nothing to know is taken from the problem instead of predicted."""
+
+    def __init__(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> None:
+        self.problem, self.population, self.seed = problem, population, seed
+        self.encoding, self.rng = Encoding(problem.space), np.random.default_rng(seed)
+        self.blocks = Blocks(problem, self.encoding)
+        self.first = self.encoding.encode(first)
+        width = len(self.encoding.sizes)
+        self.asked: dict[bytes, None] = {}
+        self.rows, self.objectives, self.violations = np.empty((0, width), np.int64), np.empty((0, problem.objectives)), np.empty(0)
+
+    def ask(self) -> tuple[Request, ...]:
+        proposals = self._promising() if len(self.rows) else self.first
+        chosen = self._new(proposals)
+        for _ in range(TRIES):
+            if len(chosen) == self.population:
+                break
+            chosen += self._new(self.encoding.sample(self.rng, self.population))[: self.population - len(chosen)]
+        return tuple(Request(self.encoding.decode(row)) for row in chosen)
+
+    def _new(self, rows: Array) -> list[Array]:
+        """The rows that were never asked for, at most a population of them."""
+        found: list[Array] = []
+        for row in rows:
+            if len(found) < self.population and row.tobytes() not in self.asked:
+                self.asked[row.tobytes()] = None
+                found.append(row)
+        return found
+
+    def tell(self, requests: tuple[Request, ...], objectives: Any, violations: Any) -> None:
+        self.rows = np.concatenate([self.rows, self.encoding.encode([r.candidate for r in requests])])
+        self.objectives = np.concatenate([self.objectives, np.asarray(objectives, dtype=float)])
+        self.violations = np.concatenate([self.violations, np.asarray(violations, dtype=float)])
+
+    def _promising(self) -> Array:
+        """The last generation bred on the predictors, then everything else it saw, the least dominated first."""
+        objectives, violations = self._predictors()
+        search = _Predicted(self.encoding, objectives, violations)
+        minimize(
+            search, NSGA2(
+                pop_size=BREEDING, sampling=IntegerRandomSampling(), eliminate_duplicates=True,
+                crossover=SBX(prob=CROSSOVER, eta=CROSSOVER_ETA, vtype=float, repair=_Canonical(self.encoding)),
+                mutation=PM(prob=MUTATION, eta=MUTATION_ETA, vtype=float, repair=_Canonical(self.encoding)),
+            ),
+            ("n_gen", GENERATIONS), seed=int(self.rng.integers(2**31)), verbose=False,
+        )  # fmt: skip
+        return search.best(self.population, self.asked)
+
+    def _predictors(self) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+        """(rows ▸ objectives (n, m), rows ▸ violations (n,)), fitted to what was told."""
+        features = self.encoding.one_hot(self.rows)
+        scored = np.array([self.problem.price(self.encoding.decode(row)).over == 0 for row in self.rows])
+        known = self.problem.price(self.encoding.decode(self.rows[0])).objectives
+        fitted = [
+            None if self.exact and known[m] is not None else _fit(features[scored], self.objectives[scored, m])
+            for m in range(self.problem.objectives)
+        ]
+        limits = None if self.exact or not self.violations.any() else _fit(features, self.violations)
+
+        def objectives(rows: Array) -> Array:
+            hot = self.encoding.one_hot(rows)
+            found = np.stack([np.zeros(len(rows)) if predict is None else predict(hot) for predict in fitted], axis=1)
+            if self.exact:
+                found[:, [m for m, predict in enumerate(fitted) if predict is None]] = self.blocks.prices(rows)
+            return found
+
+        def violations(rows: Array) -> Array:
+            if self.exact and self.problem.bounded:
+                return np.array([self.problem.price(self.encoding.decode(row)).over for row in rows])
+            return np.zeros(len(rows)) if limits is None else np.maximum(limits(self.encoding.one_hot(rows)), 0.0)
+
+        return objectives, violations
+
+
+def _fit(features: Array, values: Array) -> Callable[[Array], Array]:
+    """Ridge regression or RBF support vectors, the better one in cross-validation by mean absolute percentage error."""
+    if len(values) < FOLDS or np.ptp(values) == 0:
+        constant = float(values.mean()) if len(values) else 0.0
+        return lambda hot: np.full(len(hot), constant)
+    varied = np.flatnonzero(features.var(axis=0))
+    unit = 10 ** (np.floor(np.log10(np.abs(values).max())) - 1.0)
+    tried = [
+        GridSearchCV(model, grid, scoring="neg_mean_absolute_percentage_error", cv=FOLDS)
+        for model, grid in ((Ridge(), {"alpha": ALPHAS}), (SVR(kernel="rbf", gamma="auto", epsilon=0.0, max_iter=10**6), {"C": COSTS}))
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for found in tried:
+            found.fit(features[:, varied], values / unit)
+    best = max(tried, key=lambda found: found.best_score_).best_estimator_
+    return lambda hot: np.asarray(best.predict(hot[:, varied]) * unit)
+
+
+class _Predicted(Vectors):  # type: ignore[misc]
+    """Predicted objectives of whole generations; remembers all it was asked."""
+
+    def __init__(self, encoding: Encoding, objectives: Callable[[Array], Array], violations: Callable[[Array], Array]) -> None:
+        self.encoding, self.objectives, self.violations = encoding, objectives, violations
+        self.seen: dict[bytes, tuple[Array, Array, float]] = {}
+        self.last: list[bytes] = []
+        count = objectives(np.zeros((1, len(encoding.sizes)), dtype=np.int64)).shape[1]
+        super().__init__(n_var=len(encoding.sizes), n_obj=count, n_ieq_constr=1, xl=0, xu=encoding.sizes - 1, vtype=int)
+
+    def _evaluate(self, x: Any, out: Any, *args: Any, **kwargs: Any) -> None:
+        rows = self.encoding.canonical(np.asarray(x, dtype=np.int64))
+        objectives, violations = self.objectives(rows), self.violations(rows)
+        for row, values, over in zip(rows, objectives, violations, strict=True):
+            self.seen[row.tobytes()] = row, values, float(over)
+        out["F"], out["G"] = objectives, violations[:, None]
+
+    def best(self, count: int, known: dict[bytes, None]) -> Array:
+        """Rows of the least dominated predictions within the budgets that are not `known`, about `count` of them."""
+        found = [entry for key, entry in self.seen.items() if key not in known]
+        if not found:
+            return np.empty((0, self.n_var), dtype=np.int64)
+        rows, values, over = (np.array([entry[i] for entry in found]) for i in range(3))
+        order: list[int] = []
+        for level in sorted(set(np.minimum(over, 1e-9))):  # those within the budgets first
+            part = np.flatnonzero(np.minimum(over, 1e-9) == level)
+            for layer in NonDominatedSorting().do(values[part], n_stop_if_ranked=count):
+                order += _spread(part[layer], values)
+            if len(order) >= count:
+                break
+        return rows[order]
+
+
+def _spread(layer: Array, values: Array) -> list[int]:
+    """A layer's members, those of the least crowded places first (Deb et al. 2002)."""
+    from pymoo.operators.survival.rank_and_crowding.metrics import calc_crowding_distance
+
+    distance = calc_crowding_distance(values[layer])
+    return [int(i) for i in layer[np.argsort(-distance, kind="stable")]]
+
+
+class _Canonical(Repair):  # type: ignore[misc]
+    """Whole numbers, inactive positions 0: equal networks are duplicates."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        super().__init__()
+        self.encoding = encoding
+
+    def _do(self, problem: Any, X: Any, **kwargs: Any) -> Any:
+        return self.encoding.canonical(np.asarray(RoundingRepair()._do(problem, X, **kwargs), dtype=np.int64))
+
+
+class Linas:
+    name = "linas"
+
+    def start(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> LinasRun:
+        return LinasRun(problem, population, first, seed)
+
+
+PLUGIN = Linas()
