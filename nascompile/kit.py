@@ -116,6 +116,8 @@ class KitMethod(Record, frozen=True):
     """How to time: the constants of `devices/interleave.py`, and what the profiler takes as noise."""
 
     warm: float = interleave.WARM
+    fewest_warm: int = interleave.FEWEST_WARM
+    most_warm: int = interleave.MOST_WARM
     visit: float = interleave.VISIT
     sample: float = interleave.SAMPLE
     rounds: int = interleave.ROUNDS
@@ -254,8 +256,7 @@ class _Writing(profiler.Bench):
     def operator(self, operator: Operator, repeat: int, scratch: Path) -> Job:
         name = graph_id(operator, repeat)
         if name not in self.graphs:
-            arguments = (self.blueprint, self.family, self.config, operator, repeat, self.backend, self.seed)
-            model = self._halved(lowering.lower_operator(*arguments), operator.precision)
+            model = self._halved(self.lowered(operator, repeat), operator.precision)
             self.keep(name, model, scratch, operator=operator, repeat=repeat)
         return Job(name, repeat * _rough_ms(self.family, operator), {})
 
@@ -335,8 +336,8 @@ def graph_id(operator: Operator, repeat: int) -> str:
 
 
 def _rough_ms(family: Family, operator: Operator) -> float:
-    """A latency that ranks networks before anything is measured: multiply-accumulates at their weights' bits."""
-    return 1e-3 + family.macs(operator) * operator.precision.weights.bits / 32e6
+    """A latency that ranks networks before anything is measured: 5e10 float32 multiply-accumulates a second, integers in proportion."""
+    return 1e-3 + (family.macs(operator) if operator.dims else 0) * operator.precision.weights.bits / 32 / 5e7
 
 
 # ---------------------------------------------------------------------------------------------- writing a kit

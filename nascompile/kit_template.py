@@ -253,9 +253,14 @@ def interleave(calls: list[Any], seconds: float, seed: int, min_samples: int, me
 def plan(call: Any, method: dict[str, Any], clock: Any) -> tuple[int, int, int]:
     """(unrecorded calls at the start of a visit, samples of a visit, calls of a sample)."""
     call()
-    once = max(min(timed(call, 1, clock) for _ in range(2)), 1e-9)
+    start, once = clock(), math.inf
+    for number in range(1, method["most_warm"] + 1):
+        once = max(min(timed(call, 1, clock), once), 1e-9)
+        if number >= method["fewest_warm"] and clock() - start >= method["warm"]:
+            break
     batch = max(1, math.ceil(method["sample"] / once))
-    return max(1, round(method["warm"] / once)), max(1, round(method["visit"] / (once * batch))), batch
+    warm = min(method["most_warm"], max(method["fewest_warm"], math.ceil(method["warm"] / once)))
+    return warm, max(1, round(method["visit"] / (once * batch))), batch
 
 
 def timed(call: Any, times: int, clock: Any) -> float:

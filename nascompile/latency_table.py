@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from nascompile import places, records
 from nascompile.errors import RecordError, TableError
-from nascompile.records import Environment, Interval, LatencyTable, Operator, OperatorGraph, Quantity, Residual, TableRow, Target, Workload
+from nascompile.records import (
+    Environment,
+    Interval,
+    LatencyTable,
+    Operator,
+    OperatorGraph,
+    Quantity,
+    Residual,
+    TableCorrection,
+    TableRow,
+    Target,
+    Workload,
+)  # fmt: skip
 
 LEVEL = 0.9
 FLOOR = 0.01
@@ -51,32 +66,72 @@ class RowDifference:
 
 def predict(table: LatencyTable, graph: OperatorGraph) -> Interval:
     """Latency in ms with a 90 % interval; TableError naming the operators that have no row."""
-    known = {row.operator: row.latency.value for row in table.rows}
+    known = {row.operator: row for row in table.rows}
     if lacking := missing(table, (node.operator for node in graph.nodes)):
         raise TableError(
             f"the latency table of {table.target.id} lacks {len(lacking)} of the network's operators",
             detail="\n".join(operator.label for operator in lacking),
             hint=f"`nascompile profile --device {table.target.device} --backend {table.target.backend}` with the same model adds them",
         )
-    call = table.call.value if table.call else 0.0
-    value = table.scale * (call + sum(known[node.operator] for node in graph.nodes))
+    rows, call = [known[node.operator] for node in graph.nodes], table.call.value if table.call else 0.0
+    size = footprint(known, graph)
+    value = table.scale * call + sum(counted(table, row, size) for row in rows) + between(table, known, graph)
     low, high = max(0.0, value * (1 - table.relative_error)), value * (1 + table.relative_error)
     return Interval(value=value, low=low, high=high, unit="ms", level=LEVEL)
+
+
+def counted(table: LatencyTable, row: TableRow, size: int = 0) -> float:
+    """Milliseconds that a prediction counts for a row in a network of so many bytes of weights; 0: as many as its stack has."""
+    factors = dict(table.correction.factors) if table.correction and row.footprint else {}
+    more = at(row.reach, size) if size else 0.0
+    return table.scale * factors.get(group(row.operator), 1.0) * (row.latency.value + more)
+
+
+def group(operator: Operator) -> str:
+    """What operators have in common that a correction treats alike, for example `mlp int8` and `mlp int8, one token`."""
+    part = dict(operator.attributes).get("out") or ("one token" if dict(operator.dims).get("sequence") == 1 else "")
+    return f"{operator.kind} {operator.precision.name}" + f", {part}" * bool(part)
+
+
+def between(table: LatencyTable, known: Mapping[Operator, TableRow], graph: OperatorGraph) -> float:
+    """Milliseconds of a network that belong to no row: blocks, changes of precision, and weights that the caches do not hold.
+
+    `known` are the table's rows by operator.
+    """
+    if table.correction is None:
+        return 0.0
+    spent, line, each = table.correction.change_ms * changes(graph), table.correction.reach, dict(table.correction.block_ms)
+    here = at(line, footprint(known, graph))
+    for node in graph.nodes:
+        if there := known[node.operator].footprint:
+            spent += each.get(node.operator.precision.name, 0.0) + node.size_bytes * (here - at(line, there))
+    return table.scale * spent
+
+
+def footprint(known: Mapping[Operator, TableRow], graph: OperatorGraph) -> int:
+    """Bytes of weights that a call reads in layers; what a network has once, such as a table of words, may be read in part only."""
+    return sum(node.size_bytes for node in graph.nodes if known[node.operator].footprint)
+
+
+def changes(graph: OperatorGraph) -> int:
+    """Blocks that follow one of another precision."""
+    names = [node.operator.precision.name for node in graph.nodes]
+    return sum(a != b for a, b in itertools.pairwise(names))
+
+
+def at(points: Sequence[tuple[float, float]], size: int) -> float:
+    """The line through (log2 of bytes, value) at so many bytes."""
+    place = math.log2(max(1, size))
+    for (left, low), (right, high) in itertools.pairwise(points):
+        if place <= right:
+            return low + (high - low) * max(0.0, place - left) / (right - left)
+    return points[-1][1] if points else 0.0
 
 
 def missing(table: LatencyTable | None, operators: Iterable[Operator]) -> tuple[Operator, ...]:
     """Operators without a row, each once, in the order given."""
     known = {row.operator for row in table.rows} if table else set()
     return tuple(operator for operator in dict.fromkeys(operators) if operator not in known)
-
-
-def fit_scale(residuals: Sequence[Residual]) -> float:
-    """Median of measured / predicted, or 1 where that does not predict left-out networks better than 1 does."""
-    ratios = [r.measured.value / r.predicted_ms for r in residuals]
-    if len(ratios) < 3:
-        return 1.0
-    left_out = [abs(ratio / _median(ratios[:i] + ratios[i + 1 :]) - 1) for i, ratio in enumerate(ratios)]
-    return _median(ratios) if sum(left_out) < sum(abs(ratio - 1) for ratio in ratios) else 1.0
 
 
 def interval_half_width(residuals: Sequence[Residual]) -> float:
@@ -247,7 +302,8 @@ def store(table: LatencyTable, explicit: Path | None = None) -> Path:
 def merge(a: LatencyTable, b: LatencyTable) -> LatencyTable:
     """A new table with the rows of both, the quieter one where both have it; TableError unless target and environment agree.
 
-    Each table's scale is multiplied into its rows, so the new scale is 1; the interval is the wider of the two.
+    Each table's scale and factors are multiplied into its rows, so the new scale is 1; the interval is the wider of the two, and what
+    belongs to no row is as the table with the narrower one has it.
     """
     if a.target != b.target:
         message = f"tables of two targets cannot be merged: {a.target.id} and {b.target.id}"
@@ -260,13 +316,22 @@ def merge(a: LatencyTable, b: LatencyTable) -> LatencyTable:
     rows: dict[Operator, TableRow] = {}
     for table in (a, b):
         for row in table.rows:
-            scaled = TableRow(operator=row.operator, latency=rescaled(row.latency, table.scale), noisy=row.noisy)
+            times = counted(table, row) / row.latency.value if row.latency.value else 1.0
+            reach = tuple((place, ms * times) for place, ms in row.reach)
+            scaled = msgspec.structs.replace(row, latency=rescaled(row.latency, times), reach=reach)
             held = rows.get(row.operator)
             if held is None or noise(scaled.latency) < noise(held.latency):
                 rows[row.operator] = scaled
     calls = [rescaled(table.call, table.scale) for table in (a, b) if table.call]
+    best = min((a, b), key=lambda table: table.relative_error)
+    rest = best.correction
+    if rest:
+        line = tuple((place, best.scale * ms) for place, ms in rest.reach)
+        each = tuple((name, best.scale * ms) for name, ms in rest.block_ms)
+        rest = TableCorrection(change_ms=best.scale * rest.change_ms, block_ms=each, reach=line)
     return LatencyTable(
-        target=a.target, environment=a.environment, rows=tuple(rows.values()), call=min(calls, key=noise, default=None),
+        target=a.target, environment=a.environment, rows=tuple(rows.values()),
+        call=min(calls, key=noise, default=None), correction=rest,
         validation=(*a.validation, *b.validation), relative_error=max(a.relative_error, b.relative_error),
         drift=max(a.drift, b.drift), seconds=a.seconds + b.seconds,
     )  # fmt: skip
@@ -274,7 +339,7 @@ def merge(a: LatencyTable, b: LatencyTable) -> LatencyTable:
 
 def diff(a: LatencyTable, b: LatencyTable) -> tuple[RowDifference, ...]:
     """Every operator of either table, those of `a` first, scales included."""
-    left, right = ({row.operator: row.latency.value * t.scale for row in t.rows} for t in (a, b))
+    left, right = ({row.operator: counted(t, row) for row in t.rows} for t in (a, b))
     return tuple(RowDifference(operator, left.get(operator), right.get(operator)) for operator in {**left, **right})
 
 

@@ -137,7 +137,10 @@ def first_token_only(family: Family, config: Any, space: SearchSpace, point: Can
 
     None where the classifier reads other tokens, or where some block finds its ranges in a call (`passes/drop_unread_tokens.py`).
     """
-    blocks = kept(family, config, space, point)
+    return _first_token_only(family, kept(family, config, space, point), space, point, target)
+
+
+def _first_token_only(family: Family, blocks: Sequence[Segment], space: SearchSpace, point: Candidate, target: str) -> frozenset[str]:
     dynamic = any(block_precision(space, point, s, target).dynamic for s in blocks)
     last = max((s.layer for s in blocks if s.layer is not None), default=None)
     if not family.reads_first_token or dynamic or last is None:
@@ -150,13 +153,14 @@ def graph(family: Family, config: Any, space: SearchSpace, point: Candidate, tar
     """What the candidate executes on the target, with sizes and MACs; tables, reports and budgets read this."""
     chosen = values(family, config, space, point)
     shapes = sliced_shapes(family, config, chosen)
-    genes = {gene.name for gene in space.genes}
+    genes, groups = {gene.name for gene in space.genes}, family.groups(config)
     nodes = []
-    narrow = first_token_only(family, config, space, point, target.id)
-    for segment in kept(family, config, space, point):
+    blocks = kept(family, config, space, point)
+    narrow = _first_token_only(family, blocks, space, point, target.id)
+    for segment in blocks:
         precision = block_precision(space, point, segment, target.id)
         operator = family.operator(config, segment, chosen, target.workload, precision, first=segment.name in narrow)
-        own = {g.gene for g in family.groups(config) if any(p in segment.parameters for p, _ in g.members)}
+        own = {g.gene for g in groups if any(p in segment.parameters for p, _ in g.members)}
         nodes.append(
             Node(
                 name=segment.name, operator=operator, module=segment.module,
@@ -199,22 +203,30 @@ def block_bytes(segment: Segment, shapes: Mapping[str, tuple[int, ...]], precisi
 
 def operators(family: Family, config: Any, space: SearchSpace, target: Target) -> tuple[Operator, ...]:
     """Every different operator that some candidate executes on the target: what a complete table has rows for."""
+    return tuple(operator_bytes(family, config, space, target))
+
+
+def operator_bytes(family: Family, config: Any, space: SearchSpace, target: Target) -> dict[Operator, int]:
+    """Every different operator of `operators` ▸ bytes of its stored weights."""
     choices = {gene.name: gene.choices for gene in space.genes if gene.kind == "architecture"}
-    top = {name: int(options[-1]) for name, options in choices.items()}
-    found: dict[Operator, None] = {}
+    top, groups = {name: int(options[-1]) for name, options in choices.items()}, family.groups(config)
+    found: dict[Operator, int] = {}
     full = any(p.dynamic for p in space.precisions)  # some candidates compute all tokens up to the end
     for segment in family.segments(config):
-        genes = [g.gene for g in family.groups(config) if any(p in segment.parameters for p, _ in g.members) and g.gene in choices]
+        genes = [g.gene for g in groups if any(p in segment.parameters for p, _ in g.members) and g.gene in choices]
         names = next((g.choices for g in space.genes if g.name == precision_gene(segment)), (FLOAT32.name,))
         combinations: list[dict[str, int]] = [{}]
         for gene in dict.fromkeys(genes):
             combinations = [c | {gene: int(v)} for c in combinations for v in choices[gene]]
         tokens = ((False, True) if full or segment.layer is not None else (True,)) if family.reads_first_token else (False,)
-        for combination, name, first in itertools.product(combinations, names, tokens):
-            precision = space.precision(str(name))
-            if not (first and precision.dynamic):
-                found[family.operator(config, segment, top | combination, target.workload, precision, first)] = None
-    return tuple(found)
+        for combination in combinations:
+            shapes = sliced_shapes(family, config, top | combination)
+            for name, first in itertools.product(names, tokens):
+                precision = space.precision(str(name))
+                if not (first and precision.dynamic):
+                    operator = family.operator(config, segment, top | combination, target.workload, precision, first)
+                    found.setdefault(operator, block_bytes(segment, shapes, precision))
+    return found
 
 
 def retarget(

@@ -1,9 +1,10 @@
 """Stage: fill a latency table by timing every operator of a space, in context, through the path that ships.
 
-A block is timed as a stack of itself as deep as the largest network has blocks, so that it finds the caches as a network leaves
-them: a single block, or a few, whose weights fit into a cache that the network's do not, would be too fast. What a call of the
-runtime costs by itself is measured apart and taken off, so that it is counted once and not a part of it with every block. Whole
-networks, timed in a window of their own, then fit a scale (where that helps) and give the table its interval.
+A block is timed as a stack of itself with about as many bytes of weights as the largest network of its precision has, so that it finds the
+caches as a network leaves them: a single block, or a few, whose weights fit into a cache that the network's do not, would be too fast.
+What a byte costs more in larger networks is timed by stacks of different depths. What a call of the runtime costs by itself is measured
+apart, by a graph that does nothing, and taken off, so that it is counted once and not a part of it with every block. Whole networks, timed
+in windows of their own, then fit a correction where that helps (`table_fit.py`) and give the table its interval, each left out in turn.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from nascompile import journal, latency_table, lowering, network, space as spaces
+from nascompile import journal, latency_table, lowering, network, space as spaces, table_fit
 from nascompile.backends import Backend
 from nascompile.devices import Device, Job
 from nascompile.errors import TableError, UnsupportedError
@@ -32,6 +33,7 @@ from nascompile.records import (
     Candidate,
     LatencyTable,
     Operator,
+    OperatorGraph,
     Quantity,
     Residual,
     SearchSpace,
@@ -40,21 +42,33 @@ from nascompile.records import (
     digest,
 )  # fmt: skip
 
-LEAST_REPEAT = 4
-"""Fewest copies of a block in its stack."""
-STACK_BYTES = 2**25
+LEAST_REPEAT, MOST_REPEAT = 4, 32
+"""Copies of a block in its stack."""
+DEEPEST, SMALLEST = 40, 4
+"""Copies of the deepest stack of all, and what part of the largest network's weights the smallest may have."""
+OCTAVES = 1.2
+"""Most that two neighbouring depths may differ in bytes."""
+DEPTH_SHARE = 0.75
+"""Timing of such a stack, in that of a row."""
+STACK_BYTES = 2**26
 """Weights of a stack beyond which more copies change nothing: they are outside the caches anyway."""
-NETWORKS = 10
-"""Whole networks, half for the scale and half for the interval."""
-POOL = 200
+NETWORKS = 36
+"""Whole networks, for the correction and, each left out in its turn, for the interval; fewer where they take long."""
+FEWEST_NETWORKS, NETWORKS_SECONDS = 20, 100.0
+"""Of large ones, not more than can be timed in about so many seconds."""
+POOL = 100
 """Random candidates from which whole networks are picked evenly over latency; as they come, most would be alike."""
-ROW_SECONDS, NETWORK_SECONDS = 0.4, 0.75
+ROW_SECONDS, NETWORK_SECONDS = 0.4, 0.5
 """Timing per row and per whole network."""
+NETWORK_SAMPLES = 15
+"""Fewest samples of a whole network."""
 BATCH_ROWS, BATCH_BYTES = 32, 2**30
 """Most rows, and most bytes of graph files, that are loaded at once."""
+LOADED_BYTES = 3 * 2**30
+"""Of float32 weights of whole networks that take turns."""
 NOISY = 0.1
 """A row whose median lies further above its tenth percentile than this fraction is timed once more, and flagged if it stays so."""
-ANCHORS = 4
+ANCHORS = 6
 """Operators at most that are timed in every window."""
 LEAST_QUIET = 3
 """Fewest undisturbed networks that fit the scale or give the interval; with fewer, the disturbed ones count too and widen it."""
@@ -107,13 +121,18 @@ class Bench:
         """Copies of the operator in its stack; 1 for what a network has once."""
         if operator.kind not in self.repeated:
             return 1
-        deepest = sum(s.layer is not None for s in self.family.segments(self.config))
-        return max(LEAST_REPEAT, min(deepest, STACK_BYTES // self._block_bytes(operator)))
+        wanted = min(STACK_BYTES, self.largest_bytes[operator.precision.name]) / max(1, self.operator_bytes[operator])
+        return max(LEAST_REPEAT, min(MOST_REPEAT, math.ceil(wanted)))
 
     def operator(self, operator: Operator, repeat: int, scratch: Path) -> Job:
         """A loaded stack of one operator."""
-        model = lowering.lower_operator(self.blueprint, self.family, self.config, operator, repeat, self.backend, self.seed)
-        return self._job(operator.label, model, scratch)
+        return self._job(operator.label, self.lowered(operator, repeat), scratch)
+
+    def lowered(self, operator: Operator, repeat: int) -> Any:
+        """The ONNX model of a stack; of `CALL`, one that does next to nothing."""
+        if operator == CALL:
+            return _idle()
+        return lowering.lower_operator(self.blueprint, self.family, self.config, operator, repeat, self.backend, self.seed)
 
     def network(self, candidate: Candidate, scratch: Path) -> Job:
         """A loaded whole network."""
@@ -124,18 +143,27 @@ class Bench:
         """Whole networks for the scale and the interval."""
         return pick(self, table, count)
 
-    def bytes_of(self, operator: Operator) -> int:
-        """Weights of the operator's stack, at most."""
-        return self.copies(operator) * self._block_bytes(operator)
-
-    def _block_bytes(self, operator: Operator) -> int:
-        return max(1, self._parameters[operator.kind] * operator.precision.weights.bits // 8)
+    def footprint(self, operator: Operator) -> int:
+        """Bytes of weights of the operator's stack; 0 for what a network has once."""
+        return self.copies(operator) * self.operator_bytes[operator] if operator.kind in self.repeated else 0
 
     @cached_property
-    def _parameters(self) -> dict[str, int]:
-        """Kind ▸ weights of its largest block."""
-        shapes = self.family.parameters(self.config)
-        return {s.kind: sum(math.prod(shapes[p]) for p in s.parameters) for s in self.family.segments(self.config)}
+    def operator_bytes(self) -> dict[Operator, int]:
+        """Operator of the space ▸ bytes of its weights."""
+        return network.operator_bytes(self.family, self.config, self.space, self.target)
+
+    def bytes_of(self, operator: Operator) -> int:
+        """Weights of the graph that times the operator."""
+        return self.copies(operator) * self.operator_bytes[operator]
+
+    @cached_property
+    def largest_bytes(self) -> dict[str, int]:
+        """Precision of layers ▸ bytes of the weights of the largest network's layers."""
+        shapes, found = self.family.parameters(self.config), {}
+        layers = [s for s in self.family.segments(self.config) if s.layer is not None]
+        for precision in dict.fromkeys(o.precision for o in self.operator_bytes if o.kind in self.repeated):
+            found[precision.name] = sum(network.block_bytes(s, shapes, precision) for s in layers)
+        return found
 
     def _job(self, name: str, model: Any, scratch: Path) -> Job:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
@@ -187,11 +215,12 @@ def fill(
         anchors = Anchors(bench, wanted, known, Path(scratch))
         references = _time_rows(bench, device, wanted, known, anchors, part, Path(scratch), ROW_SECONDS * share, progress)
         rows = tuple(known[o] for o in dict.fromkeys((*(r.operator for r in _rows_of(existing) if r.operator != CALL), *wanted)))
+        rows = _reaching(bench, device, rows, known[CALL].latency.value, Path(scratch), ROW_SECONDS * share, progress)
         table = LatencyTable(target=target, environment=environment, rows=rows, call=known[CALL].latency)
-        table, reference = _validate(bench, device, table, networks, anchors, Path(scratch), NETWORK_SECONDS * share, progress)
+        table, beside = _validate(bench, device, table, networks, anchors, Path(scratch), NETWORK_SECONDS * share, progress)
     spent = time.perf_counter() - began + (existing.seconds if existing else 0.0)
     part.unlink(missing_ok=True)
-    return msgspec.structs.replace(table, drift=_drift([*references, reference]), seconds=spent)
+    return msgspec.structs.replace(table, drift=_drift([*references, *beside]), seconds=spent)
 
 
 def canary(
@@ -235,7 +264,7 @@ def _time_rows(
 ) -> list[float]:  # fmt: skip
     """Adds a row to `known` and the journal for every operator that has none; the reference kernel's time in each window."""
     if CALL not in known:
-        _record(TableRow(operator=CALL, latency=_time_call(bench, device, wanted, scratch, seconds)), known, part)
+        _record(TableRow(operator=CALL, latency=_time_call(bench, device, scratch, seconds)), known, part)
     lacking = [o for o in wanted if o not in known]
     batches: list[list[Operator]] = list(_batches(bench, [o for o in lacking if o not in anchors.operators]))
     if lacking and not batches:
@@ -255,7 +284,8 @@ def _time_rows(
         latencies = _quieter(device, jobs, found[1:], seconds, bench.seed)
         for operator, latency in [(o, q) for o, q in zip(operators, latencies, strict=True) if o not in known]:
             row = rescaled(latency, pace / bench.copies(operator), less=known[CALL].latency.value / pace)
-            _record(TableRow(operator=operator, latency=row, noisy=latency_table.noise(latency) > NOISY), known, part)
+            noisy = latency_table.noise(latency) > NOISY
+            _record(TableRow(operator=operator, latency=row, noisy=noisy, footprint=bench.footprint(operator)), known, part)
             done += 1
         progress.step(label, done, len(lacking))
     return references
@@ -311,21 +341,67 @@ def _quieter(device: Device, jobs: Sequence[Job], found: Sequence[Quantity], sec
     return latencies
 
 
-def _time_call(bench: Bench, device: Device, wanted: Iterable[Operator], scratch: Path, seconds: float) -> Quantity:
-    """Latency of a call without its blocks: where the line through a short and a shorter stack of the cheapest blocks starts.
+def _time_call(bench: Bench, device: Device, scratch: Path, seconds: float) -> Quantity:
+    """Latency of a call of the runtime whose graph does next to nothing."""
+    return device.time([bench.operator(CALL, 1, scratch)], seconds=seconds, seed=bench.seed)[0]
 
-    The cheapest block, because its caches and its noise are the smallest part of the difference.
-    """
-    blocks = [o for o in wanted if o.kind in bench.repeated and o.precision.weights.kind == "float"]
-    if not blocks:
-        return Quantity(value=0.0, unit="ms", kind="modelled")
-    cheapest = sorted(blocks, key=lambda o: (bench.family.macs(o), o.label))[:2]
-    jobs = [bench.operator(o, repeat, scratch) for o in cheapest for repeat in (1, LEAST_REPEAT)]
-    found = device.time(jobs, seconds=seconds * len(jobs), seed=bench.seed)
-    pairs = zip(found[::2], found[1::2], strict=True)
-    starts = [(LEAST_REPEAT * one.value - stack.value) / (LEAST_REPEAT - 1) for one, stack in pairs]
-    value = max(0.0, float(np.median(starts)))
-    return Quantity(value=value, unit="ms", kind=found[0].kind, n=found[0].n, quantiles=((0.1, value), (0.5, value)))
+
+def _reaching(
+    bench: Bench, device: Device, rows: tuple[TableRow, ...], call: float, scratch: Path, seconds: float, progress: Progress
+) -> tuple[TableRow, ...]:
+    """The rows with what they cost in networks of other sizes, by stacks of many depths of the lightest operator of each group."""
+    sizes, lightest = bench.operator_bytes, dict[Any, Operator]()
+    lacking = [row.operator for row in rows if row.operator in sizes and row.footprint and not row.reach]
+    for operator in sorted(lacking, key=lambda o: (sizes[o], o.label)):
+        lightest.setdefault(_group(operator), operator)
+    stacks = [(group, o, copies) for group, o in lightest.items() for copies in _depths(bench, o)]
+    if not stacks:
+        return rows
+    jobs = []
+    for done, (_, operator, copies) in enumerate(stacks):
+        progress.step("building stacks of different depths", done, len(stacks))
+        jobs.append(bench.operator(operator, copies, scratch))
+    progress.step("timing stacks of different depths", 0, len(stacks))
+    found = device.time(jobs, seconds=seconds * DEPTH_SHARE * len(jobs), seed=bench.seed)
+    progress.step("timing stacks of different depths", len(stacks), len(stacks))
+    timed: dict[Any, list[tuple[int, float]]] = {}
+    for (group, _, copies), latency in zip(stacks, found, strict=True):
+        timed.setdefault(group, []).append((copies, max(1e-9, latency.value - call)))
+    lines = {group: table_fit.reach(sizes[lightest[group]], of) for group, of in timed.items()}
+    wanted = set(lacking)
+    return tuple(_with_reach(r, sizes[r.operator], lines.get(_group(r.operator), ())) if r.operator in wanted else r for r in rows)
+
+
+def _group(operator: Operator) -> Any:
+    """What operators share whose bytes cost alike."""
+    return (operator.kind, operator.precision.name, dict(operator.dims).get("sequence"))
+
+
+def _with_reach(row: TableRow, size: int, line: Sequence[tuple[float, float]]) -> TableRow:
+    own = latency_table.at(line, row.footprint)
+    return msgspec.structs.replace(row, reach=tuple((place, size * (cost - own)) for place, cost in line))
+
+
+def _depths(bench: Bench, operator: Operator) -> list[int]:
+    """Copies for stacks from about the smallest network's bytes of weights to the largest's; none where they are all alike."""
+    size, sizes = bench.operator_bytes[operator], bench.largest_bytes.values()
+    top = min(STACK_BYTES, max(sizes), DEEPEST * size)
+    low = max(size, min(sizes) // SMALLEST)
+    if not 0 < size <= low < top:
+        return []
+    steps = math.ceil(math.log2(top / low) / OCTAVES)
+    return sorted({round(low * (top / low) ** (i / steps) / size) for i in range(steps + 1)})
+
+
+def _idle() -> Any:
+    """One number through one operator."""
+    import onnx
+    from onnx import helper
+
+    value = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 1]) for name in ("hidden", "output")]
+    graph = helper.make_graph([helper.make_node("Relu", ["hidden"], ["output"])], "call", value[:1], value[1:])
+    opsets = [helper.make_opsetid("", lowering.OPSET)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))
 
 
 def _batches(bench: Bench, operators: Sequence[Operator]) -> Iterator[list[Operator]]:
@@ -359,29 +435,46 @@ def _rows_of(table: LatencyTable | None) -> tuple[TableRow, ...]:
 
 def _validate(
     bench: Bench, device: Device, table: LatencyTable, count: int, anchors: Anchors, scratch: Path, seconds: float, progress: Progress
-) -> tuple[LatencyTable, float]:
-    """The table with scale, interval and residuals; and the reference kernel's time beside the networks."""
+) -> tuple[LatencyTable, list[float]]:
+    """The table with correction, interval and residuals; and the reference kernel's time beside the networks, in each of their windows."""
     picked = bench.pick(table, count)
-    jobs = []
-    for done, candidate in enumerate(picked):
-        progress.step("building whole networks", done, len(picked))
-        jobs.append(bench.network(candidate, scratch))
-    label = "timing whole networks"
-    progress.note(f"timing {len(picked)} whole networks side by side for about {seconds * len(picked):.0f} s")
-    progress.step(label, 0, len(picked))
-    all_jobs = [device.reference(), *anchors.jobs, *jobs]
-    reference, *beside = device.time(all_jobs, seconds=seconds * (len(all_jobs) - 1), seed=bench.seed)
-    pace = anchors.pace(beside)
-    first = beside[len(anchors.operators) :]
-    found = [rescaled(latency, pace) for latency in _quieter(device, jobs, first, seconds, bench.seed)]
-    progress.step(label, len(picked), len(picked))
-    calibration = _residuals(bench, table, picked[::2], found[::2])
-    scaled = msgspec.structs.replace(table, calibration=calibration, scale=latency_table.fit_scale(_quiet(calibration)))
-    # a space of one or two networks has none to spare: what fitted nothing may then give the interval
-    held_out = slice(1, None, 2) if len(picked) > 1 else slice(None)
-    validation = _residuals(bench, scaled, picked[held_out], found[held_out])
-    half = latency_table.interval_half_width(_quiet(validation))
-    return msgspec.structs.replace(scaled, validation=validation, relative_error=half), reference.value
+    progress.note(f"timing {len(picked)} whole networks side by side for about {_network_seconds(bench, table, picked, seconds):.0f} s")
+    found: list[Quantity] = []
+    references: list[float] = []
+    size = _at_once(bench)
+    for start in range(0, len(picked), size):
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            jobs = []
+            for done, candidate in enumerate(picked[start : start + size], start):
+                progress.step("building whole networks", done, len(picked))
+                jobs.append(bench.network(candidate, Path(folder)))
+            progress.step("timing whole networks", start, len(picked))
+            every = [device.reference(), *anchors.jobs, *jobs]
+            reference, *beside = device.time(every, seconds=seconds * (len(every) - 1), seed=bench.seed, min_samples=NETWORK_SAMPLES)
+            references.append(reference.value)
+            pace = anchors.pace(beside, references[0] / references[-1])
+            quiet = _quieter(device, jobs, beside[len(anchors.operators) :], seconds, bench.seed)
+            found += [rescaled(latency, pace) for latency in quiet]
+    progress.step("timing whole networks", len(picked), len(picked))
+    calibration = _residuals(bench, table, picked, found)
+    undisturbed = _quiet(calibration)
+    graphs = [_graph(bench, r.candidate) for r in undisturbed]
+    fitted, left_out = table_fit.fit(table, graphs, [r.measured.value for r in undisturbed])
+    validation = tuple(msgspec.structs.replace(r, predicted_ms=ms) for r, ms in zip(undisturbed, left_out, strict=True))
+    half = latency_table.interval_half_width(validation)
+    fitted = msgspec.structs.replace(fitted, calibration=calibration, validation=validation, relative_error=half)
+    return fitted, references
+
+
+def _at_once(bench: Bench) -> int:
+    """Whole networks that may be loaded together."""
+    per = 4 * sum(math.prod(shape) for shape in bench.family.parameters(bench.config).values())
+    return max(4, LOADED_BYTES // per)
+
+
+def _network_seconds(bench: Bench, table: LatencyTable, picked: Iterable[Candidate], seconds: float) -> float:
+    """About how long it takes to time networks: a call that warms up and one that counts, at least `NETWORK_SAMPLES` times."""
+    return sum(max(seconds, 2e-3 * NETWORK_SAMPLES * _predicted(bench, table, c)) for c in picked)
 
 
 def _quiet(residuals: Sequence[Residual]) -> tuple[Residual, ...]:
@@ -391,21 +484,56 @@ def _quiet(residuals: Sequence[Residual]) -> tuple[Residual, ...]:
 
 
 def pick(bench: Bench, table: LatencyTable, count: int) -> tuple[Candidate, ...]:
-    """Different candidates, fastest first: those nearest to evenly spaced predictions, from a random pool with both extremes in it."""
-    rng, space = np.random.default_rng((bench.seed, 1)), bench.space
-    pool = {spaces.largest(space), spaces.smallest(space, space.precisions[-1].name), *(spaces.sample(space, rng) for _ in range(POOL))}
-    latency = {c: _predicted(bench, table, c) for c in sorted(pool, key=lambda c: c.id)}
-    low, high = min(latency.values()), max(latency.values())
-    chosen: list[Candidate] = []
-    for i in range(min(count, len(latency))):
+    """Different candidates spread evenly over predicted latency, as many of each uniform precision as of mixed ones.
+
+    In random order, since they may not all be timed at once. Fewer than `count` where the networks take long.
+    """
+    rng = np.random.default_rng((bench.seed, 1))
+    pools = []
+    for space in (*uniform(bench.space), bench.space):
+        own = {spaces.largest(space), spaces.smallest(space, space.precisions[-1].name), *(spaces.sample(space, rng) for _ in range(POOL))}
+        found = [spaces.candidate(bench.space, spaces.genome(space, c)) for c in own]
+        pools.append({c: _predicted(bench, table, c) for c in sorted(set(found), key=lambda c: c.id)})
+    typical = [c for pool in pools for c in _evenly(pool, 3, ())]
+    most = NETWORKS_SECONDS / max(1e-9, _network_seconds(bench, table, typical, NETWORK_SECONDS) / len(typical))
+    count = min(count, max(FEWEST_NETWORKS, int(most)))
+    chosen: dict[Candidate, None] = {}
+    for number, pool in enumerate(pools):
+        share = (count - len(chosen)) // (len(pools) - number)
+        even = _evenly(pool, share, chosen)
+        chosen |= dict.fromkeys(even)
+    order = sorted(chosen, key=lambda c: c.id)
+    return tuple(order[i] for i in rng.permutation(len(order)))
+
+
+def uniform(space: SearchSpace) -> tuple[SearchSpace, ...]:
+    """The space with each precision in all blocks that may have it; none if no block has a choice."""
+    names = dict.fromkeys(name for gene in space.genes if gene.kind == "precision" and len(gene.choices) > 1 for name in gene.choices)
+    found = []
+    for name in names:
+        held = {g.name: name if name in g.choices else g.choices[0] for g in space.genes if g.kind == "precision"}
+        genes = [msgspec.structs.replace(g, choices=(held[g.name],)) if g.name in held else g for g in space.genes]
+        found.append(msgspec.structs.replace(space, genes=tuple(genes)))
+    return tuple(found)
+
+
+def _evenly(latency: Mapping[Candidate, float], count: int, taken: Iterable[Candidate]) -> list[Candidate]:
+    """Candidates nearest to evenly spaced latencies, each once, none of those taken."""
+    left = {c: ms for c, ms in latency.items() if c not in set(taken)}
+    low, high, chosen = min(left.values(), default=0.0), max(left.values(), default=0.0), list[Candidate]()
+    for i in range(min(count, len(left))):
         place = low + (high - low) * (i + 0.5) / count
-        chosen.append(min((c for c in latency if c not in chosen), key=lambda c: abs(latency[c] - place)))
-    return tuple(chosen)
+        chosen.append(min(left, key=lambda c: abs(left[c] - place)))
+        del left[chosen[-1]]
+    return chosen
 
 
 def _predicted(bench: Bench, table: LatencyTable, candidate: Candidate) -> float:
-    graph = network.graph(bench.family, bench.config, bench.space, candidate, bench.target)
-    return latency_table.predict(table, graph).value
+    return latency_table.predict(table, _graph(bench, candidate)).value
+
+
+def _graph(bench: Bench, candidate: Candidate) -> OperatorGraph:
+    return network.graph(bench.family, bench.config, bench.space, candidate, bench.target)
 
 
 def _residuals(bench: Bench, table: LatencyTable, picked: Sequence[Candidate], found: Sequence[Quantity]) -> tuple[Residual, ...]:

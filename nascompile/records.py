@@ -310,6 +310,11 @@ class TableRow(Record, frozen=True):
     operator: Operator
     latency: Quantity
     noisy: bool = False
+    footprint: int = 0
+    """Bytes of weights of the stack in which it was timed; 0 for what a network has once."""
+    reach: tuple[tuple[float, float], ...] = ()
+    """(log2 of the bytes of weights that a call reads in layers, ms more than in that stack), linear between the points, constant outside.
+    From stacks of different depths."""
 
 
 class Residual(Record, frozen=True):
@@ -320,10 +325,24 @@ class Residual(Record, frozen=True):
     measured: Quantity
 
 
-class LatencyTable(Record, frozen=True):
-    """Operators of one space timed on one target. Never edited: a correction is another record.
+class TableCorrection(Record, frozen=True):
+    """What a sum of rows leaves out and whole networks show (`table_fit.py`)."""
 
-    predicted = scale · (call + Σ rows); measured lies in predicted · (1 ± relative_error) nine times in ten.
+    factors: tuple[tuple[str, float], ...] = ()
+    """Group of rows (`latency_table.group`) ▸ what they are multiplied by beside the scale."""
+    change_ms: float = 0.0
+    """Of a block that follows one of another precision."""
+    block_ms: tuple[tuple[str, float], ...] = ()
+    """Precision ▸ of each of its blocks."""
+    reach: tuple[tuple[float, float], ...] = ()
+    """(log2 of the bytes of weights that a call reads in layers, ms that each byte of a block costs more), beside the rows' own."""
+
+
+class LatencyTable(Record, frozen=True):
+    """Operators of one space timed on one target. Never edited: a correction of measured engines is another record.
+
+    predicted = scale · (call + Σ (factor · (row + its reach at the network's bytes)) + what the correction says of changes and bytes);
+    measured lies in predicted · (1 ± relative_error) nine times in ten.
     """
 
     target: Target
@@ -332,10 +351,11 @@ class LatencyTable(Record, frozen=True):
     call: Quantity | None = None
     """Milliseconds that one call of the runtime takes whatever the network; counted once."""
     calibration: tuple[Residual, ...] = ()
-    """Whole networks that fitted `scale`; their predictions have scale 1."""
+    """Whole networks, timed after the rows, that fitted `scale` and `correction`; their predictions have neither."""
     validation: tuple[Residual, ...] = ()
-    """Other whole networks, timed after the rows, that give the interval; their predictions include the scale."""
+    """The same networks, which give the interval: each is predicted by what was fitted to all others."""
     scale: float = 1.0
+    correction: TableCorrection | None = None
     relative_error: float = 0.0
     """Half width of the 90 % interval, as a fraction, from the validation networks."""
     drift: float = 0.0

@@ -620,7 +620,7 @@ def _agreement(records: RunRecords) -> Json:
 
 
 def _operators(records: RunRecords, engines: list[Json]) -> Json:
-    """Table rows of each engine's blocks and the call itself, times the table's scale: predicted ms."""
+    """Table rows of each engine's blocks, the call itself and what belongs to neither, as the table counts them: predicted ms."""
     named = {m.name: m for m in (records.engine(role) for role in ("baseline", "uniform", "chosen")) if m and m.graph}
     shown = list(named.values())
     if records.table is None or not shown:
@@ -631,12 +631,13 @@ def _operators(records: RunRecords, engines: list[Json]) -> Json:
     for manifest in shown:
         blocks: list[Json] = []
         unknown = []
+        size = sum(n.size_bytes for n in manifest.graph.nodes if n.operator in rows and rows[n.operator].footprint) if manifest.graph else 0
         for node in manifest.graph.nodes if manifest.graph else ():
             if row := rows.get(node.operator):
                 blocks.append(
                     {
                         "block": node.name, "kind": node.operator.kind, "operator": node.operator.label, "noisy": row.noisy,
-                        "latency_ms": _ms(row.latency) * records.table.scale, "precision": node.operator.precision.name,
+                        "latency_ms": latency_table.counted(records.table, row, size), "precision": node.operator.precision.name,
                     }
                 )  # fmt: skip
             else:
@@ -645,6 +646,10 @@ def _operators(records: RunRecords, engines: list[Json]) -> Json:
         if records.table.call is not None:
             call = {"block": "call", "kind": "call", "operator": "one call of the runtime, whatever the network", "precision": ""}
             blocks.append(call | {"noisy": False, "latency_ms": _ms(records.table.call) * records.table.scale})
+        if records.table.correction is not None and manifest.graph and not unknown:
+            between = {"block": "between blocks", "kind": "between", "operator": "changes of precision, and weights that leave the caches"}
+            ms = latency_table.between(records.table, rows, manifest.graph)
+            blocks.append(between | {"precision": "", "noisy": False, "latency_ms": ms})
         for block in blocks:
             kinds[block["kind"]] = kinds.get(block["kind"], 0.0) + block["latency_ms"]
         found.append(

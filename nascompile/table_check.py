@@ -37,6 +37,9 @@ def _of_rows(table: LatencyTable) -> Iterator[str]:
             yield f"{count} rows of one operator: {operator.label}"
     for row in table.rows:
         yield from (f"{row.operator.label}: {fault}" for fault in _of_quantity(row.latency))
+        places = [place for place, _ in row.reach]
+        if not all(map(math.isfinite, itertools.chain(*row.reach))) or not _ascending(places, strictly=True) or row.footprint < 0:
+            yield f"{row.operator.label}: its stack of {row.footprint} bytes or its line over {_listed(places)} cannot be"
     if table.call is not None:
         yield from (f"call: {fault}" for fault in _of_quantity(table.call))
 
@@ -61,6 +64,13 @@ def _of_quantity(q: Quantity) -> Iterator[str]:
 def _of_numbers(table: LatencyTable) -> Iterator[str]:
     if not math.isfinite(table.scale) or table.scale <= 0:
         yield f"scale is {table.scale}"
+    if table.correction:
+        c = table.correction
+        numbers = (*(v for _, v in (*c.factors, *c.block_ms)), c.change_ms, *itertools.chain(*c.reach))
+        if not all(map(math.isfinite, numbers)) or any(f <= 0 for _, f in c.factors):
+            yield f"its correction is not a number or takes a group of rows for free: {c}"
+        if not _ascending([place for place, _ in c.reach], strictly=True):
+            yield f"the points of its correction do not ascend: {_listed([place for place, _ in c.reach])}"
     for name in ("relative_error", "drift", "seconds"):
         value = getattr(table, name)
         if not math.isfinite(value) or value < 0:
@@ -75,10 +85,6 @@ def _of_networks(table: LatencyTable) -> Iterator[str]:
             if r.measured.value == 0:
                 yield f"{part} network {r.candidate.id}: took no time"
             yield from (f"{part} network {r.candidate.id}: {fault}" for fault in _of_quantity(r.measured))
-    both = {r.candidate for r in table.calibration} & {r.candidate for r in table.validation}
-    # a space of one network has none to spare, and a scale of 1 is not fitted to it
-    if both and table.scale != 1.0:
-        yield f"{len(both)} networks fitted the scale and then gave the interval: {', '.join(sorted(c.id for c in both))}"
 
 
 def _of_interval(table: LatencyTable) -> Iterator[str]:

@@ -40,17 +40,25 @@ def headline(table: LatencyTable) -> list[str]:
     """What the table is of, what it is worth, and where it was made; a line each."""
     target, noisy = table.target, sum(row.noisy for row in table.rows)
     threads = "1 thread" if target.threads == 1 else f"{target.threads} threads"
-    networks = f"{len(table.validation)} whole networks" + (f", scale by {len(table.calibration)} more" if table.calibration else "")
+    networks = f"{len(table.validation)} whole networks" + (f", corrected by {len(table.calibration)} more" if table.calibration else "")
     recorded = ", ".join(f"{name} {_plain(value)}" for name, value in table.environment.recorded)
     lines = [
         f"{target.device}, {target.backend}, {latency_table.workload_label(target.workload)}, {threads}",
         f"{len(table.rows)} rows, {noisy} of them noisy, in {table.seconds:.0f} s; drift {table.drift:.1%}",
         f"90 % interval ±{table.relative_error:.1%} by {networks}",
-        f"predicted = {table.scale:.4f} · ({table.call.value if table.call else 0:.4f} ms for the call + the rows)",
+        f"predicted = {table.scale:.4f} · ({table.call.value if table.call else 0:.4f} ms for the call + the rows{_rest(table)})",
         *(f"  {name}: {_plain(value)}" for name, value in table.environment.must_match),
         *([f"  recorded: {recorded}"] if recorded else []),
     ]
     return [part for line in lines for part in textwrap.wrap(line, COLUMNS, subsequent_indent="    ", break_on_hyphens=False)]
+
+
+def _rest(table: LatencyTable) -> str:
+    """What a prediction adds to the rows."""
+    if table.correction is None:
+        return ""
+    times = "".join(f", those of {name} × {factor:.3f}" for name, factor in table.correction.factors if factor != 1)
+    return f"{times} + {table.correction.change_ms:.4f} ms for each change of precision"
 
 
 def by_kind(table: LatencyTable) -> list[RenderableType]:
@@ -127,7 +135,7 @@ def _plain(value: Any) -> str:
 def rows_of(table: LatencyTable) -> list[Row]:
     """A flat row per operator with all columns, session settings among the target's: exports can be put one below the other.
 
-    `ms` and the quantiles are as they were timed; `predicted_ms` is what a prediction counts, the scale included. `share` is of the sum
+    `ms` and the quantiles are as they were timed; `predicted_ms` is what a prediction counts, corrected. `share` is of the sum
     of the rows. `noise` is the median over the tenth percentile, less 1. What an operator or a table does not have is None.
     """
     target, whole = table.target, _sum(table.rows)
@@ -146,7 +154,7 @@ def rows_of(table: LatencyTable) -> list[Row]:
         noise = latency_table.noise(q)
         found.append(
             {
-                **operator_cells(row.operator, names), "ms": q.value, "predicted_ms": q.value * table.scale,
+                **operator_cells(row.operator, names), "ms": q.value, "predicted_ms": latency_table.counted(table, row),
                 **{f"p{100 * level:g}_ms": levels.get(level) for level in LEVELS}, "n": q.n, "timing": q.kind, "noisy": row.noisy,
                 "noise": noise if math.isfinite(noise) else None, "share": q.value / whole if whole else None, **about,
             }

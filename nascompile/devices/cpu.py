@@ -62,7 +62,7 @@ class Cpu:
         return Job("reference", _Reference(), {})
 
     def time(self, jobs: Sequence[Job], *, seconds: float, seed: int, min_samples: int = 30) -> tuple[Quantity, ...]:
-        """Interleaved latencies in ms; the value is the tenth percentile (see `interleave.STATISTIC`)."""
+        """Interleaved latencies in ms; the value is the lower quartile (see `interleave.STATISTIC`)."""
         calls = [partial(job.runner.run, job.inputs) for job in jobs]
         return tuple(quantity(s, "measured") for s in interleave(calls, seconds=seconds, seed=seed, min_samples=min_samples))
 

@@ -1,7 +1,7 @@
 """Timing several calls against each other so that a machine's drift and its other users hit all of them alike.
 
-Each round visits every call once, in a fresh random order. A visit first calls without recording for about `WARM` seconds, until
-the call's data is back in the caches, then records for about `VISIT` seconds. Calls shorter than `SAMPLE` are recorded in batches,
+Each round visits every call once, in a fresh random order. A visit first calls without recording until the call's data is back in the
+caches (`WARM`), then records for about `VISIT` seconds. Calls shorter than `SAMPLE` are recorded in batches,
 because the clock and the interpreter would be a visible part of them; longer ones singly, so that quantiles are those of single calls.
 """
 
@@ -18,17 +18,16 @@ import numpy as np
 
 from nascompile.records import Quantity
 
-WARM = 5e-3
-"""An engine in use runs again and again, its weights where the caches keep them. One call does not get them there: a network of
-7 MB took 25 % longer in its second call after others had run than in its tenth, on a processor with 2 MB of L2."""
-VISIT = 1e-2
+WARM, FEWEST_WARM, MOST_WARM = 0.1, 2, 12
+"""Seconds of calls without recording, and how many there are at least and at most. An engine in use runs again and again, its weights
+where the caches keep them, and it takes a dozen calls to get them there: `tools/benchmarks/warm_up.py` prints the calls after a switch."""
+VISIT = 3e-2
 SAMPLE = 1e-4
 LEVELS = (0.1, 0.25, 0.5, 0.9, 0.99)
-STATISTIC = 0.1
-"""The value of a timed quantity. A busy neighbour only ever adds time, so the low end is the machine's own; the minimum itself falls
-with the number of samples, the tenth percentile hardly does, and it holds while one call in ten runs undisturbed. On two cores with a
-load of 4.6, sums of rows predicted mixed-precision networks to 1.7 % (standard deviation) by it, to 2.2 % by the lower quartile and
-to 2.6 % by the median."""
+STATISTIC = 0.25
+"""The value of a timed quantity. A busy neighbour only ever adds time, so the low end is the machine's own; but a shared processor also
+has short fast spells, which a lower quantile than the quarter picks out for some calls and not for others (`tools/benchmarks/
+table_statistic.py`: how far the same networks differ between windows by several statistics)."""
 ROUNDS = 10
 """Fewest rounds: samples of fewer visits would share the same disturbance."""
 CAP = 4.0
@@ -69,18 +68,23 @@ def interleave(
 
 
 def quantity(samples: Sequence[float], kind: Literal["measured", "simulated"]) -> Quantity:
-    """Samples in seconds ▸ ms with quantiles; the value is the tenth percentile."""
+    """Samples in seconds ▸ ms with quantiles; the value is the lower quartile."""
     levels = np.quantile(np.asarray(samples) * 1e3, LEVELS)
     quantiles = tuple((level, float(value)) for level, value in zip(LEVELS, levels, strict=True))
     return Quantity(value=dict(quantiles)[STATISTIC], unit="ms", kind=kind, n=len(samples), quantiles=quantiles)
 
 
 def _plan(call: Call, clock: Callable[[], float]) -> _Plan:
-    """Sizes from the faster of two calls; the first call of all prepares buffers and is not looked at."""
+    """Sizes from the fastest of some calls; the first call of all prepares buffers and is not looked at."""
     call()
-    once = max(min(_timed(call, 1, clock) for _ in range(2)), 1e-9)
+    start, once = clock(), math.inf
+    for number in range(1, MOST_WARM + 1):
+        once = max(min(_timed(call, 1, clock), once), 1e-9)
+        if number >= FEWEST_WARM and clock() - start >= WARM:
+            break
     batch = max(1, math.ceil(SAMPLE / once))
-    return _Plan(warm=max(1, round(WARM / once)), samples=max(1, round(VISIT / (once * batch))), calls=batch)
+    warm = min(MOST_WARM, max(FEWEST_WARM, math.ceil(WARM / once)))
+    return _Plan(warm=warm, samples=max(1, round(VISIT / (once * batch))), calls=batch)
 
 
 def _visit(call: Call, plan: _Plan, clock: Callable[[], float]) -> list[float]:

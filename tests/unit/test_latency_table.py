@@ -20,6 +20,7 @@ from nascompile.records import (
     OperatorGraph,
     Quantity,
     Residual,
+    TableCorrection,
     TableRow,
     Target,
     Workload,
@@ -79,16 +80,28 @@ def test_a_table_of_another_machine_is_refused():
     latency_table.check_environment(table({HEAD: 1.0}), Environment(must_match=HERE.must_match, recorded=(("os", "z"),)))
 
 
-@pytest.mark.parametrize(
-    ("pairs", "expected"),
-    [
-        ([(1, 1.2), (2, 2.4), (1, 1.19), (3, 3.63)], 1.2),  # a common factor: worth fitting
-        ([(1, 1.03), (1, 0.97), (1, 1.0), (1, 1.0)], 1.0),  # noise around one: left alone
-        ([(1, 1.2), (2, 2.4)], 1.0),  # too few to tell
-    ],
-)
-def test_scale_is_fitted_only_where_it_helps(pairs, expected):
-    assert latency_table.fit_scale([residual(*pair) for pair in pairs]) == pytest.approx(expected, rel=0.01)
+def test_a_row_costs_what_it_does_in_a_network_of_that_size_and_a_change_of_precision_more():
+    rows = (
+        TableRow(operator=MLP, latency=ms(2.0), footprint=4096, reach=((10.0, -1.0), (12.0, 0.0), (13.0, 0.5))),
+        TableRow(operator=MLP8, latency=ms(0.75), footprint=1024, reach=((10.0, 0.0),)),
+        TableRow(operator=HEAD, latency=ms(0.5), reach=()),
+    )
+    correction = TableCorrection(factors=(("mlp fp32", 1.5), ("mlp int8", 1.0)), change_ms=0.25, reach=((11.0, 0.0), (12.0, 1e-3)))
+    made = msgspec.structs.replace(table({}, call=ms(0.25), scale=2.0), rows=rows, correction=correction)
+
+    def of(*sizes: int) -> OperatorGraph:
+        nodes = (Node(name=str(i), operator=MLP8 if i else MLP, module="", size_bytes=size) for i, size in enumerate(sizes))
+        return OperatorGraph(nodes=(*nodes, Node(name="head", operator=HEAD, module="", size_bytes=10**6)))
+
+    def expected(mlp: float, bytes_: float) -> float:
+        """The head has no factor, and is a change of precision."""
+        return 2 * (0.25 + 1.5 * mlp + 0.75 + 0.5 + 2 * 0.25 + bytes_)
+
+    assert latency_table.predict(made, of(1024, 1024)).value == pytest.approx(expected(2.0 - 0.5, -1.024)), "half way between the points"
+    assert latency_table.predict(made, of(8, 16)).value == pytest.approx(expected(2.0 - 1.0, -0.008)), "constant below"
+    assert latency_table.predict(made, of(2**20, 1)).value == pytest.approx(expected(2.0 + 0.5, 0.001)), "and above"
+    plain = msgspec.structs.replace(made, correction=None, scale=1.0)
+    assert latency_table.predict(plain, of(2048, 2048)).value == pytest.approx(0.25 + 2.0 + 0.75 + 0.5)
 
 
 def test_interval_half_width_uses_students_t():

@@ -17,8 +17,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "errors": ("errors",),
     "records": ("records",),
     "plain": (
-        "cuda_driver", "plugins", "space", "pareto", "latency_table", "table_check", "table_view", "journal", "progress", "places",
-        "processes",
+        "cuda_driver", "plugins", "space", "pareto", "latency_table", "table_check", "table_fit", "table_view", "journal", "progress",
+        "places", "processes",
     ),
     "samples": ("preprocess", "data_sources", "data"),
     "plug-ins": plugins.FOLDERS,

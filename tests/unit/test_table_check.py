@@ -9,7 +9,18 @@ import pytest
 
 from nascompile import latency_table, table_check
 from nascompile.errors import TableError
-from nascompile.records import Candidate, Environment, LatencyTable, Operator, Quantity, Residual, TableRow, Target, Workload
+from nascompile.records import (
+    Candidate,
+    Environment,
+    LatencyTable,
+    Operator,
+    Quantity,
+    Residual,
+    TableCorrection,
+    TableRow,
+    Target,
+    Workload,
+)  # fmt: skip
 
 TARGET = Target(device="cpu", backend="onnxruntime", workload=Workload())
 MLP, HEAD = (Operator(kind=kind, dims=(("width", 8),)) for kind in ("mlp", "head"))
@@ -62,7 +73,10 @@ def test_a_sound_table_has_no_faults():
         ({"relative_error": math.inf}, "relative_error is inf"),
         ({"calibration": (network("e", 0.0, 1.0),)}, "predicted 0.0 ms"),
         ({"calibration": (network("e", 1.0, 0.0),)}, "took no time"),
-        ({"calibration": VALIDATION[:2]}, "2 networks fitted the scale and then gave the interval"),
+        ({"correction": TableCorrection(factors=(("mlp fp32", 0.0),))}, "takes a group of rows for free"),
+        ({"correction": TableCorrection(change_ms=math.nan)}, "its correction is not a number"),
+        ({"correction": TableCorrection(reach=((12.0, 0.0), (11.0, 1.0)))}, "the points of its correction do not ascend: 12, 11"),
+        ({"rows": (msgspec.structs.replace(SOUND.rows[0], reach=((12.0, 0.0), (12.0, 1.0))),)}, "or its line over 12, 12 cannot be"),
         ({"validation": (), "relative_error": 0.05}, "rests on nothing"),
         ({"relative_error": 0.01}, "its interval, ±1.00%, is narrower than its validation networks allow: ±"),
     ],

@@ -7,14 +7,14 @@ A cell is MODEL:PRECISION. Its networks are fresh: half of them spread evenly ov
 low predicted latency and a random, monotone quality (a search picks what the table flatters). Random weights: speed does not depend on
 them. Measured and predicted are milliseconds of one call at batch 1; errors are in percent of the measured value.
 
-A shared machine's speed wanders by several percent within minutes, and a table speaks of the speed it was taken at. So some of the
-table's operators are timed again beside every window of networks (`profiler.Anchors`, as in the profile itself), and what is measured is
-brought to the table's pace; regressions get the same. `pace` is that factor, `mape_as_timed` the error without it.
+A shared machine's speed wanders by several percent within minutes, and a table speaks of the speed it was taken at. So a few of the
+networks that the table was corrected by, of the cell's precision, are timed again beside every window of fresh ones, and what is measured
+is brought to the table's pace; regressions get the same. `pace` is that factor, `mape_as_timed` the error without it.
 
-Ways to predict, all of them given the same networks: `table` (what nascompile uses), `uncalibrated` (the same without its scale),
-`isolated` (every operator timed alone in a hot loop, summed), `profiler` (ONNX Runtime's own profile of the stacks, summed), and, fitted to
-as many whole networks as the table has rows and networks: `macs` (least squares on MACs in float and in integers), `ridge` and
-`boosting` (scikit-learn, on the genes).
+Ways to predict, all of them given the same networks: `table` (what nascompile uses), `rows` (the same with no correction by networks),
+`stacks` (rows alone, without what they cost in networks of other sizes), `isolated` (every operator timed alone in a hot loop, summed),
+`profiler` (ONNX Runtime's own profile of the stacks, summed), and, fitted to as many whole networks as the table has rows and networks:
+`macs` (least squares on MACs in float and in integers), `ridge` and `boosting` (scikit-learn, on the genes).
 
 Everything is kept under --cache by a digest of what it depends on, so a run that was stopped goes on; --fresh times anew.
 """
@@ -56,14 +56,16 @@ TOY = "toy"
 """For the test of the benchmark itself: a ViT of 32 features."""
 SEED = 7
 """Of fresh networks and of the search; tables have 0."""
-GENERATIONS, POPULATION = 60, 40
-LOADED_BYTES = 3 * 2**30
+GENERATIONS, POPULATION = 40, 40
+LOADED_BYTES = 6 * 2**30
 """Of float32 weights of networks that take turns."""
-SECONDS = 0.75
+SECONDS = 0.5
 """Timing per network."""
 BARS = {"mape": {"fp32": 1.5, "int8": 1.5, "mixed": 2.5}, "within_5": 0.95, "kendall_tau": 0.95, "front_signed_error": 1.5}
 COVERAGE_BAR = (0.85, 0.95)
-CALLS = 40
+KNOWN = 9
+"""Networks of the table's own beside every window."""
+CALLS = 20
 """Profiled calls of a stack, after as many that are not looked at."""
 
 
@@ -128,6 +130,12 @@ class Case:
         genes = tuple(msgspec.structs.replace(g, choices=(precision,)) if g.kind == "precision" else g for g in self.space.genes)
         return msgspec.structs.replace(self.space, genes=genes)
 
+    def kind(self, point: Candidate) -> str:
+        """The cell that a candidate belongs to."""
+        graph = network.graph(self.family, self.config, self.space, point, self.target)
+        names = {node.operator.precision.name for node in graph.nodes if node.operator.kind in self.bench.repeated}
+        return names.pop() if len(names) == 1 else "mixed"
+
     def point(self, space: SearchSpace, point: Candidate) -> Candidate:
         return spaces.candidate(self.space, spaces.genome(space, point))
 
@@ -153,6 +161,31 @@ def isolated(case: Case, table: LatencyTable) -> list[float]:
         before = _pace(case, table)
         found = [case.device.time([job], seconds=profiler.ROW_SECONDS / 2, seed=0)[0].value for job in jobs]
         return [ms * (before + _pace(case, table)) / 2 for ms in found]
+
+
+@dataclass(frozen=True)
+class Known:
+    """Networks of the table's own, timed again beside others: what their times were over what they are is the pace."""
+
+    case: Case
+    table: LatencyTable
+    scratch: Path
+    precision: str
+    """Of a cell; empty: of all."""
+
+    @cached_property
+    def residuals(self) -> list[Any]:
+        own = [r for r in self.table.validation if self.precision in ("", self.case.kind(r.candidate))]
+        found = sorted(own, key=lambda r: r.measured.value)
+        return [found[round((i + 0.5) * len(found) / KNOWN - 0.5)] for i in range(min(KNOWN, len(found)))]
+
+    @cached_property
+    def jobs(self) -> list[Any]:
+        return [self.case.bench.network(r.candidate, self.scratch) for r in self.residuals]
+
+    def pace(self, found: Sequence[Any]) -> float:
+        """Then over now, the median; `found` begins with these networks' latencies."""
+        return float(np.median([r.measured.value / q.value for r, q in zip(self.residuals, found, strict=False)]))
 
 
 def _anchors(case: Case, table: LatencyTable, scratch: Path) -> profiler.Anchors:
@@ -204,7 +237,7 @@ def _profile(case: Case, operator: Any, copies: int, scratch: Path) -> float:
 def fresh_networks(case: Case, table: LatencyTable, precision: str, count: int) -> tuple[list[Candidate], list[Candidate]]:
     """(spread evenly over predicted latency, from the front of a search); no network of the table's own among them."""
     space, rng = case.cell_space(precision), np.random.default_rng((SEED, CELLS.index(precision)))
-    own = {r.candidate for r in (*table.calibration, *table.validation)}
+    own = {r.candidate for r in table.calibration}
     drawn = {case.point(space, spaces.sample(space, rng)) for _ in range(20 * count)} - own
     price = {point: case.predicted(table, point).value for point in sorted(drawn, key=lambda c: c.id)}
     stratified = _evenly(price, count // 2)
@@ -251,7 +284,9 @@ def _gene(space: SearchSpace, slot: str) -> str:
     return spaces.slot_gene(space, slot).name
 
 
-def measure(case: Case, table: LatencyTable, points: Sequence[Candidate], seconds: float, windows: int = 2) -> list[list[list[float]]]:
+def measure(
+    case: Case, table: LatencyTable, points: Sequence[Candidate], seconds: float, precision: str = "", windows: int = 2
+) -> list[list[list[float]]]:
     """(milliseconds, pace) of every network in each of some windows, the first being what is measured."""
     found: list[list[list[float]]] = []
     per = 4 * sum(int(np.prod(shape)) for shape in case.family.parameters(case.config).values())
@@ -259,11 +294,11 @@ def measure(case: Case, table: LatencyTable, points: Sequence[Candidate], second
     for start in range(0, len(points), size):
         part = points[start : start + size]
         with tempfile.TemporaryDirectory(dir=case.folder) as scratch:
-            anchors = _anchors(case, table, Path(scratch))
+            anchors = Known(case, table, Path(scratch), precision)
             jobs = [*anchors.jobs, *(case.bench.network(point, Path(scratch)) for point in part)]
             timed = []
             for seed in range(SEED, SEED + windows):
-                first = case.device.time(jobs, seconds=seconds * len(jobs), seed=seed)
+                first = case.device.time(jobs, seconds=seconds * len(jobs), seed=seed, min_samples=profiler.NETWORK_SAMPLES)
                 pace, beside = anchors.pace(first), len(anchors.jobs)
                 quiet = profiler._quieter(case.device, jobs[beside:], first[beside:], seconds, seed)
                 timed.append([[quantity.value, pace] for quantity in quiet])
@@ -289,7 +324,8 @@ def predictors(
     case: Case, table: LatencyTable, rows: dict[str, list[float]], training: tuple[list[Candidate], list[float]]
 ) -> dict[str, Callable[[Candidate], float]]:
     """Name ▸ milliseconds of a candidate."""
-    scale = table.scale
+    plain = msgspec.structs.replace(table, scale=1.0, correction=None)
+    stacks = msgspec.structs.replace(plain, rows=tuple(msgspec.structs.replace(row, reach=()) for row in table.rows))
 
     def graph(point: Candidate) -> Any:
         return network.graph(case.family, case.config, case.space, point, case.target)
@@ -316,7 +352,8 @@ def predictors(
 
     found: dict[str, Callable[[Candidate], float]] = {
         "table": lambda p: case.predicted(table, p).value,
-        "uncalibrated": lambda p: case.predicted(table, p).value / scale,
+        "rows": lambda p: case.predicted(plain, p).value,
+        "stacks": lambda p: case.predicted(stacks, p).value,
         **{name: partial(summed, values) for name, values in rows.items()},
         "macs": fitted(RidgeCV(np.logspace(-9, 0, 10)), macs),
         "ridge": fitted(RidgeCV(np.logspace(-3, 3, 13)), genes),
@@ -399,10 +436,10 @@ def run_model(case: Case, precisions: Sequence[str], count: int, seconds: float,
     if case.backend_name == "onnxruntime":
         rows["profiler"] = _kept(case.folder / f"profiler-{of_table}.json", fresh, lambda: profiled(case, table))
     said("operators alone and profiled")
-    amount = len(table.rows) + len(table.calibration) + len(table.validation)
+    amount = len(table.rows) + len(table.calibration)
     points = training_networks(case, table, amount)
     kept = case.folder / f"training-{amount}-{of_table}.json"
-    training = _kept(kept, fresh, lambda: [ms * pace for ((ms, pace),) in measure(case, table, points, seconds / 2, 1)])
+    training = _kept(kept, fresh, lambda: [ms * pace for ((ms, pace),) in measure(case, table, points, seconds / 2, windows=1)])
     said(f"{len(points)} networks for regressions")
     ways, found = predictors(case, table, rows, (points, training)), []
     for precision in precisions:
@@ -410,7 +447,7 @@ def run_model(case: Case, precisions: Sequence[str], count: int, seconds: float,
 
         def make(precision: str = precision) -> dict[str, Any]:
             stratified, front = fresh_networks(case, table, precision, count)
-            return {"stratified": stratified, "front": front, "ms": measure(case, table, [*stratified, *front], seconds)}
+            return {"stratified": stratified, "front": front, "ms": measure(case, table, [*stratified, *front], seconds, precision)}
 
         found.append(cell_row(case, table, precision, _kept(path, fresh, make), ways))
         said(f"{precision}: MAPE {found[-1]['mape']:.2f} %")
