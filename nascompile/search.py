@@ -18,7 +18,22 @@ from nascompile.accuracy import Evaluator, ladder
 from nascompile.errors import BudgetError
 from nascompile.families import Family
 from nascompile.progress import Progress
-from nascompile.records import Budget, Candidate, Differences, Elsewhere, Evaluation, Front, LatencyTable, Score, SearchSpace, Target
+from nascompile.records import (
+    Budget,
+    Candidate,
+    Differences,
+    Elsewhere,
+    Evaluation,
+    Front,
+    LatencyTable,
+    Node,
+    Operator,
+    OperatorGraph,
+    Score,
+    SearchSpace,
+    TableRow,
+    Target,
+)  # fmt: skip
 from nascompile.scoring import drop, gain, worst
 from nascompile.settings import SearchSettings
 from nascompile.targets import label
@@ -52,17 +67,16 @@ class Pricing:
         return {"latency_ms": latency.value, "size_mb": size / 1e6, "macs_m": macs / 1e6}, latency, size, parameters, macs
 
     def costs(self, point: Candidate) -> dict[str, float]:
-        """{metric: value} as above, thousands of candidates a second: a block's costs are remembered."""
+        """{metric: value} as above, thousands of candidates a second: blocks are remembered."""
         keys = self._blocks(point)
         if any(key not in self._known for key in keys):
             graph = network.graph(self.family, self.config, self.space, point, self.target)
             latency_table.predict(self.table, graph)
-            for key, node in zip(keys, graph.nodes, strict=True):
-                self._known[key] = (self._rows[node.operator], node.size_bytes, node.macs)
-        latencies, sizes, macs = zip(*(self._known[key] for key in keys), strict=True)
-        call = self.table.call.value if self.table.call else 0.0
-        size = self.structure_bytes + sum(sizes)
-        return {"latency_ms": self.table.scale * (call + sum(latencies)), "size_mb": size / 1e6, "macs_m": sum(macs) / 1e6}
+            self._known.update(zip(keys, graph.nodes, strict=True))
+        graph = OperatorGraph(nodes=tuple(self._known[key] for key in keys))
+        latency, size = latency_table.total(self.table, self._rows, graph), sum(node.size_bytes for node in graph.nodes)
+        macs = sum(node.macs for node in graph.nodes)
+        return {"latency_ms": latency, "size_mb": (self.structure_bytes + size) / 1e6, "macs_m": macs / 1e6}
 
     def _blocks(self, point: Candidate) -> list[tuple[Any, ...]]:
         """What decides the costs of each of the candidate's blocks, in execution order."""
@@ -82,12 +96,12 @@ class Pricing:
         return found
 
     @cached_property
-    def _known(self) -> dict[tuple[Any, ...], tuple[float, int, int]]:
+    def _known(self) -> dict[tuple[Any, ...], Node]:
         return {}
 
     @cached_property
-    def _rows(self) -> dict[Any, float]:
-        return {row.operator: row.latency.value for row in self.table.rows}
+    def _rows(self) -> dict[Operator, TableRow]:
+        return {row.operator: row for row in self.table.rows}
 
     @cached_property
     def _dynamic(self) -> dict[str, bool]:

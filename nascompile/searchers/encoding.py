@@ -38,6 +38,12 @@ class Encoding:
         """The same candidates with inactive positions 0: equal rows are equal candidates."""
         return np.where(self.active(indices), indices, 0)
 
+    def everything(self) -> Array:
+        """Every candidate once (n, positions), in the order of `space.enumerate_all`; for small spaces."""
+        grid = np.indices(tuple(self.sizes)).reshape(len(self.sizes), -1).T
+        rows, first = np.unique(self.canonical(grid), axis=0, return_index=True)
+        return np.asarray(rows[np.argsort(first)])
+
     def one_hot(self, indices: Array) -> Array:
         """(n, choices of all positions) float: 1 at each active position's choice, all 0 at inactive ones."""
         active = self.active(indices)

@@ -2,6 +2,7 @@
 
     python tools/benchmarks/score_space.py pack RUN --space demo --out PACK         # what scoring needs of a finished run, in one folder
     python tools/benchmarks/score_space.py score PACK --out FILE.npz --jobs 8 --device cuda
+    python tools/benchmarks/score_space.py store RUN PACK FILE.npz --all-tokens # with the prices of the run's table, into data/
 
 Candidates are those of `nascompile.accuracy.Evaluator`: INT8 emulated with calibrated ranges, of which the run's calibration method and
 samples are used. Those that begin alike share that beginning: the network is walked as a tree, one layer at a time, so a candidate costs
@@ -30,7 +31,8 @@ import torch
 
 from nascompile import data, models, network, plugins, space as spaces
 from nascompile.accuracy import Evaluator
-from nascompile.records import Candidate, Gene, Record, SearchSpace, digest, file_digest, load, save
+from nascompile.records import Candidate, Gene, LatencyTable, Record, SearchSpace, digest, file_digest, load, save, write_atomic
+from nascompile.search import Pricing
 from nascompile.settings import Recipe
 from nascompile.supernet import FakeQuantizer, Observer, Supernet, by_length, load_batches, plain
 
@@ -49,6 +51,8 @@ SPACES: dict[str, tuple[Choices, Choices]] = {
 }  # fmt: skip
 HIDDEN = "hidden"
 SPLITS = ("validation", "test")
+DATA = Path(__file__).resolve().parent / "data"
+DIGESTS = DATA / "digests.json"
 
 
 class Pack(Record, frozen=True):
@@ -372,6 +376,42 @@ def score(folder: Path, out: Path, jobs: int, device: str, batch: int, seconds: 
         raise SystemExit("a process failed: what the others scored is kept, call again")
 
 
+def store(run: Path, folder: Path, scores: Path, all_tokens: bool) -> None:
+    """Scores and the latencies that the run's table predicts, as one file of `data/` whose digest is noted in `data/digests.json`.
+
+    `all_tokens`: prices of engines that compute all tokens up to the end, the only ones that older tables have rows for.
+    """
+    found, table = load(folder / "pack.json", Pack), load(run / "table.json", LatencyTable)
+    with np.load(scores, allow_pickle=False) as content:
+        about = json.loads(str(content["about"]))
+        if about["pack"] != digest(found):
+            raise SystemExit(f"{scores} holds scores of another pack than {folder}")
+        if lacking := int((~content["scored"]).sum()):
+            raise SystemExit(f"{scores} lacks {lacking:,} candidates: score them first")
+        bits = {name: content[name] for name in SPLITS}
+    family, config = plugins.get("families", found.model_type), models.read_config(folder / "supernet")
+    if all_tokens:
+        family = type("AllTokens", (type(family),), {"reads_first_token": False})()
+    pricing = Pricing(family, config, found.space, table.target, table)
+    latency = np.array([pricing.costs(point)["latency_ms"] for point in spaces.enumerate_all(found.space)])
+    environment = {**dict(table.environment.must_match), **dict(table.environment.recorded)}
+    about |= {
+        "model": found.model_type, "weights": found.weights_digest, "metric": found.metric, "calibration": found.method,
+        "table": digest(table), "table_target": found.space.targets[0], "all_tokens": all_tokens,
+        "table_environment": {name: environment[name] for name in ("cpu", "threads", "onnxruntime", "lowering", "os", "kernel")},
+    }  # fmt: skip
+    out = DATA / f"search_{found.name}.npz"
+    out.parent.mkdir(exist_ok=True)
+    np.savez_compressed(
+        out, about=np.array(json.dumps(about, sort_keys=True)), space=np.array(msgspec.json.encode(found.space).decode()),
+        latency_ms=latency, samples=np.array([about["samples"][name] for name in SPLITS]),
+        **bits,
+    )  # fmt: skip
+    digests = json.loads(DIGESTS.read_text()) if DIGESTS.is_file() else {}
+    write_atomic(DIGESTS, (json.dumps(digests | {out.name: file_digest(out)}, indent=1, sort_keys=True) + "\n").encode())
+    print(f"{out}: {len(latency):,} candidates, {latency.min():.3f} to {latency.max():.3f} ms, {out.stat().st_size:,} bytes")
+
+
 def _paths(folder: Path, found: Pack) -> list[tuple[Step, ...]]:
     family, config = plugins.get("families", found.model_type), models.read_config(folder / "supernet")
     path_of = Paths(family, config, found.space)
@@ -411,7 +451,15 @@ def main() -> None:
     scoring.add_argument("--seconds", type=float, default=1e9, help="stop after so long")
     scoring.add_argument("--limit", type=int, default=0, help="score only so many, drawn at random")
     scoring.add_argument("--check", type=int, default=0, help="compare so many with the evaluator's scores, on the CPU")
+    storing = verbs.add_parser("store", help="write scores and prices to the benchmark's data")
+    storing.add_argument("run", type=Path, help="its table.json gives the prices")
+    storing.add_argument("pack", type=Path)
+    storing.add_argument("scores", type=Path)
+    storing.add_argument("--all-tokens", action="store_true", help="price engines whose last layer computes all tokens")
     arguments = parser.parse_args()
+    if arguments.verb == "store":
+        store(arguments.run, arguments.pack, arguments.scores, arguments.all_tokens)
+        return
     if arguments.verb == "pack":
         pack(arguments.run, arguments.space, arguments.out, arguments.half)
         return

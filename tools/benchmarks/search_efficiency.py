@@ -27,7 +27,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +59,16 @@ class Scored:
     """A stored space: bits of every candidate, in the order of `space.enumerate_all`."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.path = name, DATA / f"search_{name}.npz"
-        with np.load(self.path, allow_pickle=False) as content:
+        self.name, path = name, DATA / f"search_{name}.npz"
+        self.digest, expected = file_digest(path), json.loads((DATA / "digests.json").read_text()).get(path.name)
+        if self.digest != expected:
+            raise SystemExit(f"{path} is not the file of digests.json: {self.digest} instead of {expected}")
+        with np.load(path, allow_pickle=False) as content:
             self.space = msgspec.json.decode(str(content["space"]), type=SearchSpace)
-            self.samples, self.test_samples = int(content["samples"][0]), int(content["samples"][1])
-            self.latency = content["latency_ms"]
-            self.bits, self.test_bits = (_transposed(content[part], len(self.latency)) for part in ("validation", "test"))
-        encoding = Encoding(self.space)
-        self.encoding = encoding
-        self.rows = {row.tobytes(): number for number, row in enumerate(encoding.encode(list(spaces.enumerate_all(self.space))))}
-
-    @cached_property
-    def digest(self) -> str:
-        return file_digest(self.path)
+            self.samples, self.test_samples = (int(count) for count in content["samples"])
+            self.latency, self.bits, self.test_bits = content["latency_ms"], content["validation"], content["test"]
+        self.encoding = Encoding(self.space)
+        self.rows = {row.tobytes(): number for number, row in enumerate(self.encoding.everything())}
 
     def row(self, point: Candidate) -> int:
         """Position of a candidate in the file."""
@@ -89,11 +85,6 @@ class Scored:
     def test_error(self, point: Candidate) -> float:
         """Percent of test."""
         return 100 - 100 * float(np.unpackbits(self.test_bits[self.row(point)])[: self.test_samples].mean())
-
-
-def _transposed(bits: np.ndarray[Any, Any], candidates: int) -> np.ndarray[Any, Any]:
-    """(candidates, bytes of samples) from (samples, bytes of candidates), which is how bits compress well."""
-    return np.packbits(np.unpackbits(bits, axis=1)[:, :candidates].T, axis=1)
 
 
 LAYERS, PAIRS = 12, 20
