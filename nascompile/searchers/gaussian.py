@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,18 +49,21 @@ class Features:
 class Process:
     """Fitted to values (n,) of genomes (n, positions), with extra noise variances (n,) in units of the values."""
 
-    def __init__(self, features: Features, rows: Array, values: Array, noise: Array | None = None, theta: Array | None = None) -> None:
+    def __init__(
+        self, features: Features, rows: Array, values: Array, noise: Array | None = None, theta: Array | None = None,
+        fit: bool = True,
+    ) -> None:  # fmt: skip
         self.features = features
         self.own, self.shared = features(rows)
         self.mean, self.scale = float(values.mean()), float(values.std()) or 1.0
         self.values = (values - self.mean) / self.scale
         self.extra = np.zeros(len(values)) if noise is None else noise / self.scale**2
-        self.theta = self._fit() if theta is None else theta
+        self.theta = self._fit(STARTS if theta is None else (theta,)) if fit or theta is None else theta
         self._factor()
 
-    def _fit(self) -> Array:
+    def _fit(self, starts: Sequence[Any]) -> Array:
         best = None
-        for start in STARTS:
+        for start in starts:
             found = minimize(self._loss, np.array(start), method="L-BFGS-B", options={"maxiter": 40}, bounds=[(-7.0, 4.0)] * len(start))
             if best is None or found.fun < best.fun:
                 best = found

@@ -46,7 +46,7 @@ POPULATION = 50
 """Of LINAS as published, and of what it is compared with."""
 CHECKPOINTS = (25, 50, 75, 100, 150, 200, 250)
 OURS = "ours"
-SEARCHERS = {"random": "random", "nsga2": "nsga2", "linas": "linas", "linas+table": "linas-table", "mip": "mip", OURS: "ours"}
+SEARCHERS = {"random": "random", "nsga2": "nsga2", "linas": "linas", "linas+table": "linas-table", "mip": "mip", OURS: "ehvi"}
 """As printed ▸ name of the plug-in."""
 REFERENCES: dict[str, tuple[float, float]] = {"demo": (15.0, 1.15), "minilm": (22.0, 5.0), "synthetic": (18.0, 51.0)}
 """(error in percent, latency in ms): ten points above the largest network's error, twice the latency of uniform INT8."""
