@@ -1,7 +1,6 @@
 """A searcher asks for candidates to be scored and is told what came out: ask and tell, all objectives minimized.
 
-What costs nothing to know (latency from a table, size, MACs) is known of any candidate beforehand; what is scarce is scoring. A request
-may ask for a score on a part of the validation samples only: a share s means the first s of a fixed shuffle, so shares are nested.
+What costs nothing to know (latency from a table, size, MACs) is known of any candidate beforehand; what is scarce is scoring.
 """
 
 from __future__ import annotations
@@ -34,22 +33,14 @@ class Problem:
     """Whether costs have budgets: without, no price is over."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """A candidate to be scored, on a share of the validation samples; one with a share below 1 cannot be part of the result."""
-
-    candidate: Candidate
-    share: float = 1.0
-
-
 class Run(Protocol):
-    def ask(self) -> tuple[Request, ...]:
-        """The next requests; none when the search has ended. No candidate is asked for twice with the same share."""
+    def ask(self) -> tuple[Candidate, ...]:
+        """The next candidates, at most a population of them, different from all earlier ones; none when the search has ended."""
 
-    def tell(self, requests: tuple[Request, ...], objectives: Any, violations: Any) -> None:
-        """Objectives (n, m) and constraint violations (n,), 0 where every budget is met, of what was asked for.
+    def tell(self, points: tuple[Candidate, ...], objectives: Any, violations: Any) -> None:
+        """Objectives (n, m) and constraint violations (n,), 0 where every budget is met, of the candidates asked for.
 
-        What a candidate over budget would score is not known: it counts as very bad.
+        What a candidate over a cost's budget would score is not known: it counts as very bad.
         """
 
 
@@ -57,4 +48,4 @@ class Searcher(Protocol):
     name: str
 
     def start(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> Run:
-        """A search that begins with some of the `first` candidates; the same arguments give the same requests."""
+        """A search that begins with some of the `first` candidates; the same arguments give the same candidates."""

@@ -38,15 +38,23 @@ class Blocks:
     def __init__(self, problem: Problem, encoding: Encoding) -> None:
         self.problem, self.encoding = problem, encoding
         self.roots = sorted({root for needed in encoding.requires for root, _ in needed})
-        self._prices: dict[bytes, Array] = {}
+        self._prices: dict[bytes, tuple[Array, float]] = {}
         self._tables: dict[bytes, tuple[Array, list[Array]]] = {}
 
     def price(self, row: Array) -> Array:
-        """Known costs (m,) of a candidate, remembered; the sum of relative excesses over budgets is not among them."""
+        """Known costs (m,) of a candidate."""
+        return self._price(row)[0]
+
+    def over(self, rows: Array) -> Array:
+        """(n,) sums of relative excesses over the budgets of costs."""
+        return np.array([self._price(row)[1] for row in rows]) if self.problem.bounded else np.zeros(len(rows))
+
+    def _price(self, row: Array) -> tuple[Array, float]:
+        """(known costs (m,), excess over budgets), remembered."""
         key = row.tobytes()
         if key not in self._prices:
-            known = self.problem.price(self.encoding.decode(row)).objectives
-            self._prices[key] = np.array([value for value in known if value is not None])
+            price = self.problem.price(self.encoding.decode(row))
+            self._prices[key] = np.array([value for value in price.objectives if value is not None]), price.over
         return self._prices[key]
 
     @cached_property
@@ -128,5 +136,3 @@ class Blocks:
     def _other(self, slot: int) -> int:
         """A choice of a gene that is not the largest candidate's."""
         return 0 if self.top[slot] else int(self.encoding.sizes[slot]) - 1
-
-

@@ -15,7 +15,7 @@ from scipy.special import ndtr
 
 from nascompile import pareto, space as spaces
 from nascompile.records import Candidate
-from nascompile.searchers import Problem, Request
+from nascompile.searchers import Problem
 from nascompile.searchers.blocks import Blocks
 from nascompile.searchers.encoding import Array, Encoding
 from nascompile.searchers.gaussian import Features, Process
@@ -51,13 +51,15 @@ class EhviRun:
 
     # ------------------------------------------------------------------------------------------ ask and tell
 
-    def ask(self) -> tuple[Request, ...]:
+    def ask(self) -> tuple[Candidate, ...]:
         chosen = self._new(self._promising() if len(self.rows) else self._design(), BATCH if len(self.rows) else BEGIN)
+        if not chosen and self.small is not None:
+            chosen = self._new(self.small, BATCH)
         for _ in range(TRIES):
-            if chosen:
+            if chosen or self.small is not None:
                 break
             chosen = self._new(self.encoding.sample(self.rng, 10 * self.population), BATCH)
-        return tuple(Request(self.encoding.decode(row)) for row in chosen)
+        return tuple(self.encoding.decode(row) for row in chosen)
 
     def _new(self, rows: Array | list[Array], most: int) -> list[Array]:
         """The rows that were never asked for, at most so many."""
@@ -68,8 +70,8 @@ class EhviRun:
                 found.append(row)
         return found
 
-    def tell(self, requests: tuple[Request, ...], objectives: Any, violations: Any) -> None:
-        self.rows = np.concatenate([self.rows, self.encoding.encode([r.candidate for r in requests])])
+    def tell(self, points: tuple[Candidate, ...], objectives: Any, violations: Any) -> None:
+        self.rows = np.concatenate([self.rows, self.encoding.encode(points)])
         self.values = np.concatenate([self.values, np.asarray(objectives, dtype=float)])
         self.violations = np.concatenate([self.violations, np.asarray(violations, dtype=float)])
 
@@ -85,23 +87,27 @@ class EhviRun:
             middle = self.rng.integers(0, self.encoding.sizes)
             row = np.where(self.rng.random(len(up)) < 0.3, middle, np.where(up, uniform, cheap))
             found.append(self.encoding.canonical(row[None])[0])
-        return found
+        order = np.argsort(self.blocks.over(np.array(found)), kind="stable")
+        return [found[i] for i in order]
 
     def _promising(self) -> list[Array]:
         """New candidates, those expected to add most to the front first."""
+        if not (self.blocks.over(self.rows) == 0).any():
+            return []
         model = _Model(self)
         rows = self.small if self.small is not None else self._bred(model)
         rows = rows[[row.tobytes() not in self.asked for row in rows]]
+        rows = rows[self.blocks.over(rows) == 0]
         if not len(rows):
             return []
         mean, deviation, known = *model.process.predict(rows), self.blocks.prices(rows)
-        chosen = []
+        chosen: list[int] = []
         for _ in range(min(BATCH, len(rows))):
             worth = model.worth(mean, deviation, known)
-            best = int(worth.argmax())
-            chosen.append(rows[best])
-            model.believe(mean[best], known[best])
-        return chosen
+            worth[chosen] = -1.0
+            chosen.append(int(worth.argmax()))
+            model.believe(mean[chosen[-1]], known[chosen[-1]])
+        return [rows[best] for best in chosen]
 
     def _bred(self, model: _Model) -> Array:
         """Candidates that a few generations of changes to the front lead to."""
@@ -138,7 +144,9 @@ class _Model:
     """The fitted process and the front, as long as a batch is put together."""
 
     def __init__(self, run: EhviRun) -> None:
-        self.rows, scores, self.known = run.rows, run.values[:, run.uncertain], np.delete(run.values, run.uncertain, axis=1)
+        scored = run.blocks.over(run.rows) == 0
+        self.rows, scores, fine = run.rows[scored], run.values[scored, run.uncertain], run.violations[scored] <= 0
+        self.known = np.delete(run.values[scored], run.uncertain, axis=1)
         low = float(scores.min())
         self.targets = np.log1p((scores - low) / (float(np.median(scores)) - low or 1.0))
         fit = run.theta is None or len(scores) >= REFIT * run.fitted
@@ -147,7 +155,7 @@ class _Model:
         self.noise = self.process.scale * float(np.exp(self.process.theta[6]))
         self.front = _edge(np.column_stack([self.targets, self.known]))
         self.corner = np.maximum(run.blocks.price(run.blocks.top), self.known.max(axis=0))
-        self.worst = float(self.targets.max()) + MARGIN
+        self.worst = float(self.targets[fine].max() if fine.any() else self.targets.max()) + MARGIN
         self.at, self.best = self.known[self.front], self.targets[self.front]
         if self.known.shape[1] > 1:
             low = run.blocks.prices(run.encoding.sample(np.random.default_rng(0), POOL)).min(axis=0)

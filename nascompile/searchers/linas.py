@@ -28,7 +28,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.svm import SVR
 
 from nascompile.records import Candidate
-from nascompile.searchers import Problem, Request
+from nascompile.searchers import Problem
 from nascompile.searchers.blocks import Blocks
 from nascompile.searchers.encoding import Array, Encoding
 
@@ -53,14 +53,14 @@ class LinasRun:
         self.asked: dict[bytes, None] = {}
         self.rows, self.objectives, self.violations = np.empty((0, width), np.int64), np.empty((0, problem.objectives)), np.empty(0)
 
-    def ask(self) -> tuple[Request, ...]:
+    def ask(self) -> tuple[Candidate, ...]:
         proposals = self._promising() if len(self.rows) else self.first
         chosen = self._new(proposals)
         for _ in range(TRIES):
             if len(chosen) == self.population:
                 break
             chosen += self._new(self.encoding.sample(self.rng, self.population))[: self.population - len(chosen)]
-        return tuple(Request(self.encoding.decode(row)) for row in chosen)
+        return tuple(self.encoding.decode(row) for row in chosen)
 
     def _new(self, rows: Array) -> list[Array]:
         """The rows that were never asked for, at most a population of them."""
@@ -71,8 +71,8 @@ class LinasRun:
                 found.append(row)
         return found
 
-    def tell(self, requests: tuple[Request, ...], objectives: Any, violations: Any) -> None:
-        self.rows = np.concatenate([self.rows, self.encoding.encode([r.candidate for r in requests])])
+    def tell(self, points: tuple[Candidate, ...], objectives: Any, violations: Any) -> None:
+        self.rows = np.concatenate([self.rows, self.encoding.encode(points)])
         self.objectives = np.concatenate([self.objectives, np.asarray(objectives, dtype=float)])
         self.violations = np.concatenate([self.violations, np.asarray(violations, dtype=float)])
 
@@ -93,7 +93,7 @@ class LinasRun:
     def _predictors(self) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
         """(rows ▸ objectives (n, m), rows ▸ violations (n,)), fitted to what was told."""
         features = self.encoding.one_hot(self.rows)
-        scored = np.array([self.problem.price(self.encoding.decode(row)).over == 0 for row in self.rows])
+        scored = self.blocks.over(self.rows) == 0
         known = self.problem.price(self.encoding.decode(self.rows[0])).objectives
         fitted = [
             None if self.exact and known[m] is not None else _fit(features[scored], self.objectives[scored, m])
@@ -110,7 +110,7 @@ class LinasRun:
 
         def violations(rows: Array) -> Array:
             if self.exact and self.problem.bounded:
-                return np.array([self.problem.price(self.encoding.decode(row)).over for row in rows])
+                return self.blocks.over(rows)
             return np.zeros(len(rows)) if limits is None else np.maximum(limits(self.encoding.one_hot(rows)), 0.0)
 
         return objectives, violations

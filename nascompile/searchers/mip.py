@@ -13,7 +13,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from nascompile.records import Candidate
-from nascompile.searchers import Problem, Request
+from nascompile.searchers import Problem
 from nascompile.searchers.blocks import Block, Blocks
 from nascompile.searchers.encoding import Array, Encoding
 
@@ -43,7 +43,7 @@ class MipRun:
             found += [self.blocks.changed(self.blocks.top, block.slots, option) for option in block.options]
         return found
 
-    def ask(self) -> tuple[Request, ...]:
+    def ask(self) -> tuple[Candidate, ...]:
         chosen: list[Array] = []
         while len(chosen) < self.population:
             if not self.waiting and self.left and not chosen:
@@ -51,7 +51,7 @@ class MipRun:
             if not self.waiting:
                 if self.left or chosen:
                     break
-                self.waiting = [row for row in self.encoding.sample(self.rng, TRIES) if row.tobytes() not in self.asked]
+                self.waiting = [row for row in self.encoding.sample(self.rng, TRIES * self.population) if row.tobytes() not in self.asked]
                 if not self.waiting:
                     break
             row = self.waiting.pop(0)
@@ -60,12 +60,12 @@ class MipRun:
                 chosen.append(row)
         if not chosen and self.left:
             return self.ask()
-        return tuple(Request(self.encoding.decode(row)) for row in chosen)
+        return tuple(self.encoding.decode(row) for row in chosen)
 
-    def tell(self, requests: tuple[Request, ...], objectives: Any, violations: Any) -> None:
-        rows = self.encoding.encode([request.candidate for request in requests])
-        for request, row, values in zip(requests, rows, np.asarray(objectives, dtype=float), strict=True):
-            price = self.problem.price(request.candidate)
+    def tell(self, points: tuple[Candidate, ...], objectives: Any, violations: Any) -> None:
+        rows = self.encoding.encode(points)
+        for point, row, values in zip(points, rows, np.asarray(objectives, dtype=float), strict=True):
+            price = self.problem.price(point)
             if price.over == 0 and None in price.objectives:
                 self.errors[row.tobytes()] = float(values[price.objectives.index(None)])
 

@@ -16,7 +16,7 @@ from pymoo.problems.static import StaticProblem
 
 from nascompile import space as spaces
 from nascompile.records import Candidate, SearchSpace
-from nascompile.searchers import Problem, Request
+from nascompile.searchers import Problem
 
 CROSSOVER = 0.9
 
@@ -42,7 +42,7 @@ class Nsga2Run:
         """pymoo's algorithm, which decides who survives."""
         return NSGA2(**settings)
 
-    def ask(self) -> tuple[Request, ...]:
+    def ask(self) -> tuple[Candidate, ...]:
         if len(self.seen) == self.size:
             return ()
         self.asked = self.algorithm.ask()
@@ -50,7 +50,7 @@ class Nsga2Run:
             self.asked = Population.new(X=self._strangers())
         points = tuple(spaces.decode(self.space, tuple(int(i) for i in row)) for row in self.asked.get("X"))
         self.seen.update(points)
-        return tuple(Request(point) for point in points)
+        return points
 
     def _strangers(self) -> np.ndarray[Any, Any]:
         """Genomes (n, genes) of random candidates that are new to the run, at most a population of them."""
@@ -58,7 +58,7 @@ class Nsga2Run:
         found = list(dict.fromkeys(point for point in drawn if point not in self.seen))[: self.algorithm.pop_size]
         return np.array([spaces.encode(self.space, point) for point in found]).reshape(len(found), self.problem.n_var)
 
-    def tell(self, requests: tuple[Request, ...], objectives: Any, violations: Any) -> None:
+    def tell(self, points: tuple[Candidate, ...], objectives: Any, violations: Any) -> None:
         static = StaticProblem(self.problem, F=np.asarray(objectives, dtype=float), G=np.asarray(violations, dtype=float)[:, None])
         Evaluator().eval(static, self.asked)
         self.algorithm.tell(infills=self.asked)

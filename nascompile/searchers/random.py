@@ -8,7 +8,7 @@ import numpy as np
 
 from nascompile import space as spaces
 from nascompile.records import Candidate, SearchSpace
-from nascompile.searchers import Problem, Request
+from nascompile.searchers import Problem
 
 TRIES = 200
 
@@ -18,7 +18,7 @@ class RandomRun:
         self.space, self.population, self.rng = space, population, np.random.default_rng(seed)
         self.waiting, self.seen = list(first), set(first)
 
-    def ask(self) -> tuple[Request, ...]:
+    def ask(self) -> tuple[Candidate, ...]:
         for _ in range(TRIES * self.population):
             if len(self.waiting) >= self.population:
                 break
@@ -27,9 +27,9 @@ class RandomRun:
                 self.seen.add(point)
                 self.waiting.append(point)
         asked, self.waiting = self.waiting[: self.population], self.waiting[self.population :]
-        return tuple(Request(point) for point in asked)
+        return tuple(asked)
 
-    def tell(self, requests: tuple[Request, ...], objectives: Any, violations: Any) -> None: ...
+    def tell(self, points: tuple[Candidate, ...], objectives: Any, violations: Any) -> None: ...
 
 
 class Random:

@@ -81,6 +81,9 @@ def score_of(value: float, by: Formula | None = None) -> Score:
 class Prices:
     space, target, foreign = SPACE, TARGET, (("cpu", "A", "B"),)
 
+    def costs(self, point):
+        return self(point)[0]
+
     def __call__(self, point):
         ms = latency(point)
         interval = Interval(value=ms, low=ms, high=ms, unit="ms")
