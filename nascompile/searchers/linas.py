@@ -24,9 +24,9 @@ from pymoo.optimize import minimize
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Ridge
-from sklearn.model_selection import GridSearchCV
 from sklearn.svm import SVR
 
+from nascompile import space as spaces
 from nascompile.records import Candidate
 from nascompile.searchers import Problem
 from nascompile.searchers.blocks import Blocks
@@ -37,6 +37,8 @@ CROSSOVER_ETA, MUTATION_ETA = 15.0, 20.0
 ALPHAS, COSTS = np.geomspace(0.1, 10, 9), np.geomspace(1, 100, 9)
 """Of the ranges that the published code has in steps of 0.1 and 1, nine values each."""
 FOLDS = 5
+WHOLE = 500
+"""Spaces of so many candidates are predicted whole: nothing is left to breed there."""
 TRIES = 200
 
 
@@ -80,6 +82,9 @@ class LinasRun:
         """The last generation bred on the predictors, then everything else it saw, the least dominated first."""
         objectives, violations = self._predictors()
         search = _Predicted(self.encoding, objectives, violations)
+        if spaces.size(self.problem.space) <= WHOLE:
+            search.evaluate(self.encoding.everything())
+            return search.best(self.population, self.asked)
         minimize(
             search, NSGA2(
                 pop_size=BREEDING, sampling=IntegerRandomSampling(), eliminate_duplicates=True,
@@ -123,16 +128,23 @@ def _fit(features: Array, values: Array) -> Callable[[Array], Array]:
         return lambda hot: np.full(len(hot), constant)
     varied = np.flatnonzero(features.var(axis=0))
     unit = 10 ** (np.floor(np.log10(np.abs(values).max())) - 1.0)
-    tried = [
-        GridSearchCV(model, grid, scoring="neg_mean_absolute_percentage_error", cv=FOLDS)
-        for model, grid in ((Ridge(), {"alpha": ALPHAS}), (SVR(kernel="rbf", gamma="auto", epsilon=0.0, max_iter=10**6), {"C": COSTS}))
-    ]
+    features, values = features[:, varied], values / unit
+    models = [Ridge(alpha=alpha) for alpha in ALPHAS]
+    models += [SVR(kernel="rbf", gamma="auto", epsilon=0.0, C=cost, max_iter=10**6) for cost in COSTS]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        for found in tried:
-            found.fit(features[:, varied], values / unit)
-    best = max(tried, key=lambda found: found.best_score_).best_estimator_
+        best = min(models, key=lambda model: _error(model, features, values)).fit(features, values)
     return lambda hot: np.asarray(best.predict(hot[:, varied]) * unit)
+
+
+def _error(model: Any, features: Array, values: Array) -> float:
+    """Mean absolute percentage error in cross-validation."""
+    errors, rows = [], np.arange(len(values))
+    for fold in np.array_split(rows, FOLDS):
+        rest = np.setdiff1d(rows, fold)
+        predicted = model.fit(features[rest], values[rest]).predict(features[fold])
+        errors.append(float((np.abs(predicted - values[fold]) / np.maximum(np.abs(values[fold]), np.finfo(float).eps)).mean()))
+    return float(np.mean(errors))
 
 
 class _Predicted(Vectors):  # type: ignore[misc]

@@ -7,18 +7,12 @@ import pytest
 
 from nascompile import pareto, plugins, space as spaces
 from nascompile.records import FLOAT32, INT8, Gene, SearchSpace
-from nascompile.searchers import Price, Problem, linas
+from nascompile.searchers import Price, Problem
 from nascompile.searchers.encoding import Encoding
 
 SEARCHERS = plugins.names("searchers")
 KNOWING = tuple(name for name in SEARCHERS if name not in ("linas", "nsga2", "nsga3", "random"))
 """Searchers that use what is known of a candidate without scoring it."""
-
-
-@pytest.fixture(autouse=True)
-def few_generations(monkeypatch):
-    """On predictions alone, where 400 of them would cost minutes here."""
-    monkeypatch.setattr(linas, "GENERATIONS", 15)
 
 
 def make_space() -> SearchSpace:
