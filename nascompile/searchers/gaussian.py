@@ -19,6 +19,8 @@ STARTS = (
 )
 SPREAD = np.array([1.5, 1.5, 1.5, 1.0, 1.5, 1.0, 1.5])
 """Standard deviations of the logarithms beforehand, around the first start."""
+PARTS = np.ones(4)
+"""What own effects, shared effects, joint shared and joint own effects count: 0 leaves one out."""
 JITTER = 1e-8
 
 
@@ -98,15 +100,21 @@ class Process:
 
 
 def _kernel(theta: Array, own: Array, shared: Array, own2: Array, shared2: Array) -> Array:
-    found: Array = np.exp(2 * theta[0]) * (own @ own2.T) / max(own.shape[1], 1) ** 0.5 + np.exp(2 * theta[1]) * (shared @ shared2.T)
-    found += np.exp(2 * theta[2]) * np.exp(-0.5 * _squares(shared, shared2) / np.exp(2 * theta[3]))
-    found += np.exp(2 * theta[4]) * np.exp(-0.5 * _squares(own, own2) / (np.exp(2 * theta[5]) * max(own.shape[1], 1) ** 0.5))
+    a, b, c, d = _variances(theta, own)
+    found: Array = a * (own @ own2.T) + b * (shared @ shared2.T)
+    found += c * np.exp(-0.5 * _squares(shared, shared2) / np.exp(2 * theta[3]))
+    found += d * np.exp(-0.5 * _squares(own, own2) / (np.exp(2 * theta[5]) * max(own.shape[1], 1) ** 0.5))
     return found
 
 
 def _diagonal(theta: Array, own: Array, shared: Array) -> Array:
-    linear = np.exp(2 * theta[0]) * (own**2).sum(axis=1) / max(own.shape[1], 1) ** 0.5 + np.exp(2 * theta[1]) * (shared**2).sum(axis=1)
-    return np.asarray(linear + np.exp(2 * theta[2]) + np.exp(2 * theta[4]))
+    a, b, c, d = _variances(theta, own)
+    return np.asarray(a * (own**2).sum(axis=1) + b * (shared**2).sum(axis=1) + c + d)
+
+
+def _variances(theta: Array, own: Array) -> Array:
+    """Of each part of the kernel."""
+    return np.asarray(PARTS * np.exp(2 * theta[[0, 1, 2, 4]]) / np.array([max(own.shape[1], 1) ** 0.5, 1.0, 1.0, 1.0]))
 
 
 def _squares(a: Array, b: Array) -> Any:

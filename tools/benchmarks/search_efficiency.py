@@ -8,10 +8,12 @@ scored by tools/benchmarks/score_space.py and stored under tools/benchmarks/data
 candidates, genes that interact), whose scores are a formula. Objectives: error on validation in percent, and the latency that the table
 predicts in milliseconds, which is known beforehand (a searcher that does not use that is not helped).
 
-Cost of a search: validation samples forwarded, divided by the size of validation; one for a candidate scored on all of it. Shares are
-nested: samples a candidate was scored on are not forwarded again when a larger share of it is asked for. Only candidates scored on all of
-validation count. The target is 99 % of LINAS's mean hypervolume at a cost of 250; `measurements_to_reach` is the cost at which a search has
-it, median over seeds with quartiles, 251 where it never has. Reference points, checkpoints and budgets are constants of this file.
+Cost of a search: validation samples forwarded, divided by the size of validation. Every searcher here scores candidates on all of
+validation, ablations included, so that is the number of candidates scored. The target is 99 % of LINAS's mean hypervolume at a cost of
+250; `measurements_to_reach` is the cost at which a search has it, median over seeds with quartiles, 251 where it never has. Reference
+points, checkpoints and budgets are constants of this file.
+
+--variants replays `ours` with one part of it left out or set otherwise, against the same target.
 
 Finished searches are kept under --cache, by a digest of the searchers' code and the space; --fresh forgets them.
 """
@@ -19,13 +21,15 @@ Finished searches are kept under --cache, by a digest of the searchers' code and
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
 import math
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +37,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-import nascompile
-from nascompile import pareto, plugins, space as spaces
+from nascompile import pareto, plugins, searchers, space as spaces
 from nascompile.records import FLOAT32, INT8, Candidate, Gene, SearchSpace, digest, file_digest, write_atomic
 from nascompile.searchers import Price, Problem
 from nascompile.searchers.encoding import Encoding
@@ -48,6 +51,18 @@ CHECKPOINTS = (25, 50, 75, 100, 150, 200, 250)
 OURS = "ours"
 SEARCHERS = {"random": "random", "nsga2": "nsga2", "linas": "linas", "linas+table": "linas-table", "mip": "mip", OURS: "ehvi"}
 """As printed ▸ name of the plug-in."""
+VARIANTS: dict[str, tuple[str, Any]] = {
+    "batches of 4": ("ehvi.BATCH", 4),
+    "batches of 16": ("ehvi.BATCH", 16),
+    "batches of 50": ("ehvi.BATCH", 50),
+    "begin with 6": ("ehvi.BEGIN", 6),
+    "begin with 24": ("ehvi.BEGIN", 24),
+    "no own effects": ("gaussian.PARTS", (0.0, 1.0, 1.0, 1.0)),
+    "no shared effects": ("gaussian.PARTS", (1.0, 0.0, 1.0, 1.0)),
+    "nothing joint": ("gaussian.PARTS", (1.0, 1.0, 0.0, 0.0)),
+    "only joint": ("gaussian.PARTS", (0.0, 0.0, 1.0, 1.0)),
+}
+"""What is changed in `ours` ▸ constant and value."""
 REFERENCES: dict[str, tuple[float, float]] = {"demo": (15.0, 1.15), "minilm": (22.0, 5.0), "synthetic": (18.0, 51.0)}
 """(error in percent, latency in ms): ten points above the largest network's error, twice the latency of uniform INT8."""
 
@@ -178,113 +193,113 @@ def open_space(name: str) -> Any:
 class Search:
     """One finished replay."""
 
-    costs: tuple[float, ...]
-    """Cost after each candidate that was scored on all of validation."""
     errors: tuple[float, ...]
+    """Of the candidates in the order they were scored."""
     latencies: tuple[float, ...]
-    spent: float
-    requests: int
     seconds: float
     """Of the searcher's own work."""
     test: tuple[tuple[float, float], ...]
     """(error on test, latency) of the final front, where there is a test."""
 
 
-def replay(world: Any, searcher: str, seed: int, budget: float = BUDGET, population: int = POPULATION) -> Search:
+def replay(world: Any, searcher: str, seed: int, budget: int = BUDGET, population: int = POPULATION) -> Search:
     """What a searcher finds until the budget is spent, or it ends."""
     problem = Problem(world.space, 2, lambda point: Price((None, world.price(point))))
-    order = np.random.default_rng((seed, 17)).permutation(world.samples)
-    began, spent, busy = time.monotonic(), 0.0, 0.0
-    run = plugins.get("searchers", searcher).start(problem, population, (), seed)
-    forwarded: dict[Candidate, int] = {}
-    costs, errors, latencies, points, requests = [], [], [], [], 0
-    while spent < budget:
+    began = time.monotonic()
+    run, busy = plugins.get("searchers", searcher).start(problem, population, (), seed), 0.0
+    points: list[Candidate] = []
+    errors: list[float] = []
+    while len(points) < budget:
         asked = run.ask()
-        busy, rows, told = busy + time.monotonic() - began, [], []
+        busy += time.monotonic() - began
         if not asked:
             break
-        for request in asked:
-            count = math.ceil(request.share * world.samples)
-            fresh = max(0, count - forwarded.get(request.candidate, 0)) / world.samples
-            if spent + fresh > budget + 1e-9:
-                spent = budget
-                break
-            spent += fresh
-            forwarded[request.candidate] = max(count, forwarded.get(request.candidate, 0))
-            error = 100 - 100 * float(world.right(request.candidate)[order[:count]].mean())
-            told.append(request)
-            rows.append([error, world.price(request.candidate)])
-            if count == world.samples:
-                costs.append(spent)
-                errors.append(error)
-                latencies.append(rows[-1][1])
-                points.append(request.candidate)
-        requests += len(told)
+        rows = [[100 - 100 * float(world.right(point).mean()), world.price(point)] for point in asked]
+        points += asked[: budget - len(points)]
+        errors += [error for error, _ in rows][: budget - len(errors)]
         began = time.monotonic()
-        if len(told) == len(asked):
-            run.tell(asked, np.array(rows), np.zeros(len(rows)))
+        run.tell(asked, np.array(rows), np.zeros(len(rows)))
+    latencies = [world.price(point) for point in points]
     front = pareto.front(np.array([errors, latencies]).T)
     test = [(world.test_error(points[i]), latencies[i]) for i in front]
-    return Search(tuple(costs), tuple(errors), tuple(latencies), spent, requests, busy, tuple(t for t in test if t[0] is not None))
+    return Search(tuple(errors), tuple(latencies), busy, tuple((error, ms) for error, ms in test if error is not None))
 
 
 def curve(found: Search, reference: tuple[float, float]) -> np.ndarray[Any, Any]:
     """Hypervolume at cost 0, 1, … as a share of the box between the reference and (0, 0)."""
-    values, box = np.zeros(BUDGET + 1), reference[0] * reference[1]
-    reached, best = 0, np.empty((0, 2))
-    for cost in range(BUDGET + 1):
-        before = reached
-        while reached < len(found.costs) and found.costs[reached] <= cost + 1e-9:
-            reached += 1
-        if reached > before:
-            new = np.array([found.errors[before:reached], found.latencies[before:reached]]).T
-            best = np.concatenate([best, new])
-            best = best[list(pareto.front(best))]
-        values[cost] = pareto.hypervolume(best, reference) / box
+    values, best = np.zeros(BUDGET + 1), np.empty((0, 2))
+    for cost in range(1, BUDGET + 1):
+        if cost > len(found.errors):
+            values[cost] = values[cost - 1]
+            continue
+        best = np.concatenate([best, [[found.errors[cost - 1], found.latencies[cost - 1]]]])
+        best = best[list(pareto.front(best))]
+        values[cost] = pareto.hypervolume(best, reference) / (reference[0] * reference[1])
     return values
 
 
 # ---------------------------------------------------------------------------------------------- all of them
 
 
+KIN = {"linas": ("encoding", "blocks"), "linas-table": ("linas", "encoding", "blocks"), "mip": ("encoding", "blocks"),
+       "ehvi": ("encoding", "blocks", "gaussian")}  # fmt: skip
+"""Searcher ▸ modules beside it that its behaviour depends on."""
+
+
 def code_digest(searcher: str) -> str:
     """Of what a searcher's behaviour depends on."""
-    package = Path(nascompile.__file__).parent
-    own = package / "searchers" / f"{searcher.replace('-', '_')}.py"
-    shared = [package / "searchers" / name for name in ("__init__.py", "encoding.py")] + [package / "space.py"]
-    kin = {"linas-table": ["linas.py"]}.get(searcher, [])
-    return digest([file_digest(path) for path in (own, *shared, *(package / "searchers" / name for name in kin))])
+    folder = Path(searchers.__file__).parent
+    own = [folder / f"{name.replace('-', '_')}.py" for name in ("__init__", searcher, *KIN.get(searcher, ()))]
+    return digest([file_digest(path) for path in (*own, folder.parent / "space.py")])
 
 
-def finished(cache: Path, name: str, searcher: str, seed: int, space_digest: str) -> Path:
+def finished(cache: Path, name: str, label: str, seed: int, space_digest: str) -> Path:
     """Where a search is kept."""
-    key = digest([space_digest, code_digest(searcher), BUDGET, POPULATION, seed])[:16]
-    return cache / f"{name}-{searcher}-{seed}-{key}.json"
+    searcher = SEARCHERS.get(label, SEARCHERS[OURS])
+    key = digest([space_digest, code_digest(searcher), VARIANTS.get(label), BUDGET, POPULATION, seed])[:16]
+    return cache / f"{name}-{label.replace(' ', '_')}-{seed}-{key}.json"
 
 
 _OPEN: dict[str, Any] = {}
 
 
 def _perform(job: tuple[str, str, int, str]) -> None:
-    name, searcher, seed, path = job
+    name, label, seed, path = job
     if name not in _OPEN:
         _OPEN[name] = open_space(name)
-    found = replay(_OPEN[name], searcher, seed)
+    with varied(label):
+        found = replay(_OPEN[name], SEARCHERS.get(label, SEARCHERS[OURS]), seed)
     write_atomic(Path(path), msgspec.json.encode(found))
 
 
-def perform(names: Sequence[str], searchers: Sequence[str], seeds: int, cache: Path, jobs: int) -> dict[str, dict[str, list[Search]]]:
+@contextlib.contextmanager
+def varied(label: str) -> Iterator[None]:
+    """`ours` as a variant has it, for a while."""
+    if label not in VARIANTS:
+        yield
+        return
+    (module, _, constant), value = VARIANTS[label][0].partition("."), VARIANTS[label][1]
+    place = importlib.import_module(f"{searchers.__name__}.{module}")
+    before = getattr(place, constant)
+    setattr(place, constant, np.array(value) if isinstance(value, tuple) else value)
+    try:
+        yield
+    finally:
+        setattr(place, constant, before)
+
+
+def perform(names: Sequence[str], labels: Sequence[str], seeds: int, cache: Path, jobs: int) -> dict[str, dict[str, list[Search]]]:
     """Every search, from the cache where it is there."""
     cache.mkdir(parents=True, exist_ok=True)
     paths, todo = {}, []
     for name in names:
         space_digest = open_space(name).digest
-        for label in searchers:
+        for label in labels:
             for seed in range(seeds):
-                path = finished(cache, name, SEARCHERS[label], seed, space_digest)
+                path = finished(cache, name, label, seed, space_digest)
                 paths[name, label, seed] = path
                 if not path.is_file():
-                    todo.append((name, SEARCHERS[label], seed, str(path)))
+                    todo.append((name, label, seed, str(path)))
     if todo:
         with multiprocessing.get_context("spawn").Pool(jobs) as pool:
             for done, _ in enumerate(pool.imap_unordered(_perform, todo), 1):
@@ -306,7 +321,6 @@ def summary(name: str, found: dict[str, list[Search]]) -> dict[str, Any]:
         for label, all_ in curves.items()
     }
     row["searcher_seconds"] = {label: round(float(np.median([s.seconds for s in searches])), 2) for label, searches in found.items()}
-    row["requests"] = {label: int(np.median([s.requests for s in searches])) for label, searches in found.items()}
     tests = {
         label: [pareto.hypervolume(s.test, reference) / (reference[0] * reference[1]) for s in searches if s.test]
         for label, searches in found.items()
@@ -351,6 +365,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--spaces", nargs="+", choices=tuple(REFERENCES), default=list(REFERENCES))
     parser.add_argument("--searchers", nargs="+", choices=tuple(SEARCHERS), default=list(SEARCHERS))
+    parser.add_argument("--variants", nargs="*", choices=tuple(VARIANTS), default=[], metavar="NAME", help=", ".join(VARIANTS))
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--cache", type=Path, default=Path(".cache/search_efficiency"))
@@ -358,12 +373,13 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="forget the cached searches of these spaces and searchers first")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    labels = [*arguments.searchers, *(arguments.variants or ())]
     if arguments.fresh:
         for name in arguments.spaces:
-            for label in arguments.searchers:
-                for path in arguments.cache.glob(f"{name}-{SEARCHERS[label]}-[0-9]*.json"):
+            for label in labels:
+                for path in arguments.cache.glob(f"{name}-{label.replace(' ', '_')}-[0-9]*.json"):
                     path.unlink()
-    found = perform(arguments.spaces, arguments.searchers, arguments.seeds, arguments.cache, arguments.jobs)
+    found = perform(arguments.spaces, labels, arguments.seeds, arguments.cache, arguments.jobs)
     rows = [summary(name, searches) for name, searches in found.items()]
     if arguments.json:
         print(json.dumps({"rows": rows, "budget": BUDGET, "target_share": TARGET_SHARE}, indent=1))
@@ -373,7 +389,7 @@ def main() -> None:
         for label, points in row["hypervolume_curve"].items():
             cost = row.get("measurements_to_reach", {}).get(label)
             text = f"{cost['median']:6.1f} [{cost['low']:.0f}, {cost['high']:.0f}]" if cost else ""
-            print(f"  {label:12} {text:20}", "  ".join(f"{c}: {mean:.4f}±{sd:.4f}" for c, (mean, sd) in points.items()))
+            print(f"  {label:18} {text:20}", "  ".join(f"{c}: {mean:.4f}±{sd:.4f}" for c, (mean, sd) in points.items()))
         for name in ("hypervolume_on_test", "searcher_seconds", "checks"):
             print(f"  {name}: {row.get(name)}")
 
