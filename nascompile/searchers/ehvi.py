@@ -14,23 +14,24 @@ import numpy as np
 from scipy.special import ndtr
 
 from nascompile import pareto, space as spaces
+from nascompile.errors import RecipeError
 from nascompile.records import Candidate
 from nascompile.searchers import Problem
 from nascompile.searchers.blocks import Blocks
 from nascompile.searchers.encoding import Array, Encoding
 from nascompile.searchers.gaussian import Features, Process
 
-BATCH, BEGIN = 8, 12
+BATCH, BEGIN = 4, 6
 """Candidates asked for at a time, and at first."""
 SMALL = 20_000
 """Spaces of so many candidates are looked at whole."""
-POOL, ROUNDS, PARENTS = 512, 6, 96
+POOL, ROUNDS, PARENTS = 512, 8, 96
 """Elsewhere: candidates of a generation, generations, and how many of the best are parents of the next."""
 NODES = 512
 """Points that stand for the space of three and more objectives."""
 TRIES = 200
 MARGIN = 0.1
-"""How far the reference lies beyond the worst of the first batch, as a share of the range."""
+"""How far the reference lies beyond the worst score, in units of a logarithm."""
 REFIT = 1.2
 """The process is fitted anew when it has so many times the scores of the last time."""
 
@@ -41,7 +42,13 @@ class EhviRun:
         self.encoding, self.rng = Encoding(problem.space), np.random.default_rng(seed)
         self.blocks, self.features = Blocks(problem, self.encoding), Features(self.encoding)
         self.small = self.encoding.everything() if spaces.size(problem.space) <= SMALL else None
-        self.uncertain = problem.price(self.encoding.decode(self.blocks.top)).objectives.index(None)
+        known = problem.price(self.encoding.decode(self.blocks.top)).objectives
+        if known.count(None) != 1:
+            raise RecipeError(
+                f"ehvi searches with one objective that only a score tells, here are {known.count(None)} of {len(known)}",
+                hint="add the error to the objectives, or take --searcher nsga2",
+            )
+        self.uncertain = known.index(None)
         self.given = self.encoding.encode(first)
         self.asked: dict[bytes, None] = {}
         self.rows = np.empty((0, len(self.encoding.sizes)), dtype=np.int64)
@@ -152,7 +159,7 @@ class _Model:
         fit = run.theta is None or len(scores) >= REFIT * run.fitted
         self.process = Process(run.features, self.rows, self.targets, theta=run.theta, fit=fit)
         run.theta, run.fitted = self.process.theta, len(scores) if fit else run.fitted
-        self.noise = self.process.scale * float(np.exp(self.process.theta[6]))
+        self.noise = self.process.scale * float(np.exp(self.process.theta[4]))
         self.front = _edge(np.column_stack([self.targets, self.known]))
         self.corner = np.maximum(run.blocks.price(run.blocks.top), self.known.max(axis=0))
         self.worst = float(self.targets[fine].max() if fine.any() else self.targets.max()) + MARGIN

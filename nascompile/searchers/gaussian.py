@@ -1,4 +1,4 @@
-"""A Gaussian process over genomes: effects that add up, effects that genes of a kind share, and what is left of them together."""
+"""A Gaussian process over genomes: effects that add up, effects that genes of a kind share, and what those do together."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ from scipy.optimize import minimize
 
 from nascompile.searchers.encoding import Array, Encoding
 
-STARTS = (
-    # log of: own effects, shared effects, joint shared, its length, joint own, its length, noise
-    (-1.0, 0.0, -0.5, 0.0, -1.5, 0.7, -3.0),
-    (-2.0, 0.5, -1.5, 0.5, -2.5, 1.0, -2.0),
-)
-SPREAD = np.array([1.5, 1.5, 1.5, 1.0, 1.5, 1.0, 1.5])
-"""Standard deviations of the logarithms beforehand, around the first start."""
-PARTS = np.ones(4)
-"""What own effects, shared effects, joint shared and joint own effects count: 0 leaves one out."""
+STARTS = ((-1.0, 0.0, -0.5, 0.0, -3.0), (-2.0, 0.5, -1.5, 0.5, -2.0))
+"""Logarithms of standard deviations: own effects, shared effects, joint effects; of the joint ones' length; of the noise."""
+SPREAD = np.array([1.5, 1.5, 1.5, 1.0, 1.5])
+"""Standard deviations of those logarithms beforehand, around the first start."""
+PARTS = np.ones(3)
+"""What own, shared and joint effects count: 0 leaves one out."""
 JITTER = 1e-8
 
 
@@ -75,7 +72,7 @@ class Process:
     def _loss(self, theta: Array) -> float:
         """Negative log of the marginal likelihood times the prior."""
         kernel = _kernel(theta, self.own, self.shared, self.own, self.shared)
-        kernel[np.diag_indices_from(kernel)] += np.exp(2 * theta[6]) + self.extra + JITTER
+        kernel[np.diag_indices_from(kernel)] += np.exp(2 * theta[4]) + self.extra + JITTER
         try:
             factor = cho_factor(kernel, lower=True)
         except np.linalg.LinAlgError:
@@ -85,7 +82,7 @@ class Process:
 
     def _factor(self) -> None:
         kernel = _kernel(self.theta, self.own, self.shared, self.own, self.shared)
-        kernel[np.diag_indices_from(kernel)] += np.exp(2 * self.theta[6]) + self.extra + JITTER
+        kernel[np.diag_indices_from(kernel)] += np.exp(2 * self.theta[4]) + self.extra + JITTER
         self.factor = cho_factor(kernel, lower=True)
         self.weights = cho_solve(self.factor, self.values)
 
@@ -100,21 +97,19 @@ class Process:
 
 
 def _kernel(theta: Array, own: Array, shared: Array, own2: Array, shared2: Array) -> Array:
-    a, b, c, d = _variances(theta, own)
-    found: Array = a * (own @ own2.T) + b * (shared @ shared2.T)
-    found += c * np.exp(-0.5 * _squares(shared, shared2) / np.exp(2 * theta[3]))
-    found += d * np.exp(-0.5 * _squares(own, own2) / (np.exp(2 * theta[5]) * max(own.shape[1], 1) ** 0.5))
-    return found
+    a, b, c = _variances(theta, own)
+    joint = np.exp(-0.5 * _squares(shared, shared2) / np.exp(2 * theta[3]))
+    return np.asarray(a * (own @ own2.T) + b * (shared @ shared2.T) + c * joint)
 
 
 def _diagonal(theta: Array, own: Array, shared: Array) -> Array:
-    a, b, c, d = _variances(theta, own)
-    return np.asarray(a * (own**2).sum(axis=1) + b * (shared**2).sum(axis=1) + c + d)
+    a, b, c = _variances(theta, own)
+    return np.asarray(a * (own**2).sum(axis=1) + b * (shared**2).sum(axis=1) + c)
 
 
 def _variances(theta: Array, own: Array) -> Array:
     """Of each part of the kernel."""
-    return np.asarray(PARTS * np.exp(2 * theta[[0, 1, 2, 4]]) / np.array([max(own.shape[1], 1) ** 0.5, 1.0, 1.0, 1.0]))
+    return np.asarray(PARTS * np.exp(2 * theta[:3]) / np.array([max(own.shape[1], 1) ** 0.5, 1.0, 1.0]))
 
 
 def _squares(a: Array, b: Array) -> Any:
