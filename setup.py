@@ -1,4 +1,4 @@
-"""Puts `profiles/` and `latency_tables/`, which lie beside the package, into the wheel; all else is in pyproject.toml."""
+"""Puts `profiles/`, which lies beside the package, into the wheel; all else is in pyproject.toml."""
 
 import shutil
 from pathlib import Path
@@ -7,12 +7,11 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 
-class BuildWithTables(build_py):
+class BuildWithProfiles(build_py):
     def run(self) -> None:
         super().run()
-        for kind in ("profiles", "latency_tables"):
-            if not self.editable_mode and Path(kind).is_dir():
-                shutil.copytree(kind, Path(self.build_lib) / "nascompile" / kind, dirs_exist_ok=True)
+        if not self.editable_mode:
+            shutil.copytree("profiles", Path(self.build_lib) / "nascompile" / "profiles", dirs_exist_ok=True)
 
 
-setup(cmdclass={"build_py": BuildWithTables})
+setup(cmdclass={"build_py": BuildWithProfiles})

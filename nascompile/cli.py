@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,11 +19,12 @@ from typer.core import TyperGroup
 from nascompile.errors import DataError, NascompileError, RecipeError
 
 if TYPE_CHECKING:
+    from nascompile.pipeline import TableUse
     from nascompile.progress import Progress
     from nascompile.settings import Recipe
 
 STAGES = {
-    "profile": "Time the operators of the model's search space on the device, or find a table that has them.",
+    "profile": "Time the operators of the model's search space on the device, or find a table that has them; what it lacks is added.",
     "finetune": "Train the teacher and the super-network.",
     "search": "Search sub-networks and precisions; writes the Pareto front.",
     "build": "Build the engines of the front's best candidates and of the baselines; with --candidate, one more.",
@@ -240,6 +241,26 @@ def _stage_command(stage: str) -> Callable[..., None]:
 
 
 @with_settings
+def profile(
+    given: Mapping[str, Any],
+    recipe: RecipeFile = None,
+    add_missing: Annotated[
+        bool, typer.Option("--add-missing", help="Only add operators to the stored table; none of this environment: an error.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Make a new table although there is one; later runs find the new one.")] = False,
+    out: Out = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find a table of the operators of the model's search space, or time them."""
+    if add_missing and fresh:
+        raise typer.BadParameter("--add-missing and --fresh exclude each other")
+    chosen, folder = recipe_and_folder(recipe, out, given)
+    if _run(chosen, folder, "profile", quiet, "fresh" if fresh else "add-missing" if add_missing else ""):
+        _print_stage(folder, "profile", as_json)
+
+
+@with_settings
 def build(
     given: Mapping[str, Any],
     recipe: RecipeFile = None,
@@ -315,8 +336,10 @@ def _print_passes(out: Path, engines: Sequence[Path], as_json: bool, quiet: bool
         _print_columns(("nodes", "change", "SQNR dB", "kind", "pass"), rows, right=3)
 
 
+OWN = {"profile": profile, "build": build}
+"""Stages whose commands have more than the settings."""
 for _stage, _help in STAGES.items():
-    app.command(_stage, help=_help)(build if _stage == "build" else _stage_command(_stage))
+    app.command(_stage, help=_help)(OWN.get(_stage) or _stage_command(_stage))
 
 
 def recipe_and_folder(path: Path | None, out: Path | None, given: Mapping[str, Any]) -> tuple[Recipe, Path]:
@@ -349,13 +372,13 @@ def _defaults(given: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def _run(recipe: Recipe, out: Path, until: str, quiet: bool) -> bool:
+def _run(recipe: Recipe, out: Path, until: str, quiet: bool, table: TableUse = "") -> bool:
     """Whether this process has results to print: of several, the first one does."""
     from nascompile import pipeline, processes
 
     leads = processes.join().leads
     with _progress(quiet or not leads) as progress, redirect_stdout(sys.stderr):  # stdout is ours: libraries may print
-        pipeline.run(recipe, out, until=until, progress=progress)
+        pipeline.run(recipe, out, until=until, progress=progress, table=table)
     return leads
 
 
@@ -487,7 +510,7 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Check that a table is sound and belongs to this machine and these versions; with --canary, that the machine is as fast as it was."""
-    from nascompile import latency_table, plugins, table_check, targets
+    from nascompile import latency_table, several, table_check, targets
 
     found = _table(table)
     if (bool(model) + bool(run_folder)) != canary:
@@ -496,12 +519,13 @@ def validate(
             hint=f"nascompile table validate {table} --canary --model ID|FOLDER",
         )
     table_check.check(found)
-    environment = targets.device(found.target.device).environment(found.target, plugins.get("backends", found.target.backend).versions())
+    away = bool(targets.load_profile(found.target.device).transport)
+    if away or canary:
+        from nascompile import pipeline
+    environment = pipeline.environment_there(found.target) if away else several.environment_of(found.target)
     latency_table.check_environment(found, environment)
     ratio = None
     if canary:
-        from nascompile import pipeline
-
         with redirect_stdout(sys.stderr):
             ratio = pipeline.canary(found, model, run_folder)
     noisy = sum(row.noisy for row in found.rows)
@@ -606,7 +630,12 @@ def kit_export(
         Path | None, typer.Argument(metavar="RUN", help="Run folder whose model and data are meant.", show_default=False)
     ] = None,
     model: Annotated[str, typer.Option("--model", help="Without RUN: model, as for `nascompile run`.", metavar="ID|FOLDER")] = "",
-    device: Annotated[str, typer.Option("--device", help="Device the kit is for; it has a profile.", metavar="NAME")] = "cpu",
+    device: Annotated[
+        list[str] | None, typer.Option(
+            "--device", metavar="NAME[:BACKEND[:THREADS]]", show_default="cpu",
+            help="Device the kit is for; it has a profile. Given again: devices that are searched for together with it.",
+        ),
+    ] = None,
     backend: Annotated[str, typer.Option("--backend", help="onnxruntime or openvino; default: the device's first.", metavar="NAME")] = "",
     provider: Annotated[str, typer.Option("--provider", help="Of onnxruntime: cpu, cuda, tensorrt.", metavar="NAME")] = "cpu",
     processor: Annotated[
@@ -624,22 +653,33 @@ def kit_export(
     """Write graphs of every operator and a script that times them with NumPy and the runtime alone."""
     import msgspec
 
-    from nascompile import kit, pipeline, records, settings
+    from nascompile import kit, kit_limits, pipeline, records, settings, several, targets
 
     if (run is None) == (not model):
         raise RecipeError("a kit is for one model: name a run folder or a --model", hint="nascompile kit export --model ID --out FOLDER")
     faults = [f"--{name} {value}" for name, value in (("networks", networks), ("max-length", max_length), ("labels", labels)) if value < 0]
     faults += [f"--threads {threads}"] * (threads is not None and threads < 1)
-    faults += [f"--seconds {seconds}"] * (not 0 <= seconds < 1e6) + [f"--networks {networks}"] * (networks == 0)
+    faults += [f"--seconds {seconds}"] * (not 0 <= seconds < 1e6)
+    faults += [f"--networks {networks}"] * (networks == 0 or networks > kit_limits.NETWORKS)
     if faults:
         raise RecipeError(f"out of range: {', '.join(faults)}", hint="nascompile kit export --help")
     recipe = records.load(run / "recipe.json", settings.Recipe) if run else _defaults({"model": model})
-    changed = {"device": device, "backend": backend, "threads": threads or recipe.threads, "seed": recipe.seed if seed is None else seed}
+    flags = {"device": device or ["cpu"], "backend": backend, "threads": threads}
+    named = _by_device({name: value for name, value in flags.items() if value})
+    meant = targets.Named(named["device"], named.get("backend", ""), named.get("threads", 0))
+    also = tuple(named.get("also", ()))
+    if run and not also and provider == "cpu" and (found := several.others(recipe, meant)):  # one of the run's devices
+        meant, also = targets.Named(found[0].device, found[0].backend, found[0].threads), found[1]
+    elif not also:
+        meant = replace(meant, threads=meant.threads or recipe.threads)
+    if also and provider != "cpu":
+        raise RecipeError(f"a search takes no table by {provider}, so none with {', '.join(also)}", hint="name the kit's device alone")
+    changed = {"device": meant.device, "backend": meant.backend, "also": also, "seed": recipe.seed if seed is None else seed}
     recipe = msgspec.structs.replace(recipe, **({"model": model} if model else {}), **changed)
     with _progress(quiet) as progress, redirect_stdout(sys.stderr):
         made = pipeline.export_kit(
-            recipe, run, out, progress, provider=kit.provider(provider), processor=processor, max_length=max_length, labels=labels,
-            seconds=seconds, networks=networks,
+            recipe, run, out, progress, provider=kit.provider(provider), processor=processor, threads=meant.threads,
+            max_length=max_length, labels=labels, seconds=seconds, networks=networks,
         )  # fmt: skip
     stored = sum(size for _, _, size in made.files)
     facts = {"rows": made.rows, "graphs": len(made.graphs), "bytes": stored, "seconds": sum(w.seconds for w in made.windows)}

@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 import nascompile
-from nascompile import latency_table, lowering, network, plugins, profiler
+from nascompile import kit_limits, latency_table, lowering, network, plugins, profiler
 from nascompile.backends import Backend, Runner
 from nascompile.backends.onnxruntime import cpu_flags, integer_passes
 from nascompile.devices import Job, interleave
@@ -60,6 +60,8 @@ CUT_TYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8, "uin
 WANTED = {"onnxruntime": "1.17", "openvino": "2024.0", "numpy": "1.21", "python": "3.9"}
 """First versions that read what lowering writes (ONNX opset 20)."""
 
+MIN_SAMPLES = 30
+"""As `Device.time` has it."""
 GPU_PRECISIONS = ("int8-symmetric",)
 """Beside FP16, for the providers that run on a GPU."""
 
@@ -350,6 +352,9 @@ def export(
     """Write a kit to `out`, a folder or a .zip file that is not there yet. UnsupportedError if a graph cannot be built."""
     if out.exists():
         raise RecipeError(f"there is something already: {out}", hint="give another --out, or remove it")
+    smaller = "a smaller model, or fewer of `search.precisions`"
+    kit_limits.check_config(_shareable(config), smaller)
+    kit_limits.check_space(family, config, space, target, networks, hint=smaller)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".part", dir=out.parent) as scratch:
         kit = Path(scratch) / "kit"
@@ -359,20 +364,39 @@ def export(
         profiler.fill(bench, device, _Building(progress), seconds=seconds, networks=networks)
         if provider != "cpu":
             bench.keep(REFERENCE, _reference_model(), Path(scratch))
-        shutil.copy(TEMPLATE, kit / SCRIPT)
-        manifest = KitManifest(
-            target=target, space=space, config=_shareable(config), provider=provider, integers=_integers(form, space), seed=seed,
-            seconds=seconds, networks=networks, lowering=latency_table.lowering_digest(), nascompile=nascompile.__version__,
-            packages=(_package(form.name, provider), "numpy"), made_with=form.versions(),
-            wanted=tuple((name, WANTED[name]) for name in (form.name, "numpy", "python")), isa=ISA, method=KitMethod(),
-            graphs=tuple(bench.graphs[name] for name in sorted(bench.graphs)), windows=tuple(device.windows), files=tuple(_listed(kit)),
-        )  # fmt: skip
-        save(manifest, kit / MANIFEST)
+        manifest = _finish(bench, form, provider, device.windows, seconds, networks)
         if out.suffix == ".zip":
             _zip(kit, Path(scratch) / "kit.zip", out.stem)
             shutil.move(Path(scratch) / "kit.zip", out)
         else:
             shutil.move(kit, out)
+    return manifest
+
+
+def export_stacks(bench: profiler.Bench, stacks: Sequence[tuple[Operator, int]], out: Path, seconds: float) -> KitManifest:
+    """Write a kit of a few stacks (operator, copies), timed against each other in one window: what is timed again, no table's worth."""
+    out.mkdir(parents=True)
+    writing = _Writing(bench.family, bench.config, bench.space, bench.target, bench.backend, bench.folder, bench.seed, out)
+    for operator, copies in stacks:
+        writing.operator(operator, copies, bench.folder)
+    names = tuple(graph_id(*stack) for stack in stacks)
+    window = KitWindow(graphs=names, reference=False, seconds=seconds, seed=bench.seed, min_samples=MIN_SAMPLES)
+    return _finish(writing, writing.backend, "cpu", [window], seconds, 0)
+
+
+def _finish(
+    bench: _Writing, form: Any, provider: Provider, windows: Sequence[KitWindow], seconds: float, networks: int
+) -> KitManifest:  # fmt: skip
+    """Add script and manifest to the graphs."""
+    shutil.copy(TEMPLATE, bench.kit / SCRIPT)
+    manifest = KitManifest(
+        target=bench.target, space=bench.space, config=_shareable(bench.config), provider=provider, integers=_integers(form, bench.space),
+        seed=bench.seed, seconds=seconds, networks=networks, lowering=latency_table.lowering_digest(), nascompile=nascompile.__version__,
+        packages=(_package(form.name, provider), "numpy"), made_with=form.versions(),
+        wanted=tuple((name, WANTED[name]) for name in (form.name, "numpy", "python")), isa=ISA, method=KitMethod(),
+        graphs=tuple(bench.graphs[name] for name in sorted(bench.graphs)), windows=tuple(windows), files=tuple(_listed(bench.kit)),
+    )  # fmt: skip
+    save(manifest, bench.kit / MANIFEST)
     return manifest
 
 

@@ -15,10 +15,10 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 import nascompile
-from nascompile import latency_table, models, profiler, table_check
+from nascompile import kit_limits, latency_table, models, profiler, table_check
 from nascompile.devices import Job
 from nascompile.devices.interleave import STATISTIC
-from nascompile.errors import RecordError, TableError, UnsupportedError
+from nascompile.errors import NascompileError, RecordError, TableError, UnsupportedError
 from nascompile.kit import MANIFEST, REFERENCE, RESULTS, KitManifest, KitWindow, form_for, graph_id, integers_of, kit_digest
 from nascompile.progress import Progress
 from nascompile.records import Candidate, Environment, LatencyTable, Operator, Pairs, Quantity, Record, Target
@@ -70,27 +70,26 @@ class KitResults(Record, frozen=True):
     seconds: float
 
 
-def table_of(results: Path, kit: Path | None, progress: Progress) -> LatencyTable:
+def table_of(results: Path, kit: Path | None, progress: Progress, again: str = "") -> LatencyTable:
     """The table of a kit that was run: `results` is `results.json`, or the folder or .zip it is in; `kit`: where it is not beside it.
 
+    `again`: what makes it time everything once more, to be said where its numbers cannot be used.
     RecordError for what cannot be read or believed, TableError for results that are of another kit or made by another lowering.
     """
     content = _read(results, RESULTS)
     manifest_bytes = _read(kit or (results.parent if results.name == RESULTS else results), MANIFEST)
     manifest, found = _decoded(manifest_bytes, KitManifest, MANIFEST), _decoded(content, KitResults, RESULTS)
+    again = again or "remove results.jsonl on the device and run the kit again"
     _check_origin(manifest, manifest_bytes, found)
-    _check_numbers(manifest, found)
+    _check_numbers(manifest, found, again)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(manifest.config), encoding="utf-8")
-        config = models.read_config(Path(folder))
-        bench = _Replay(
-            models.family_of(config.model_type), config, manifest.space, manifest.target,
-            form_for(manifest.target.backend, manifest.provider, "any"), Path(folder) / "work", manifest.seed, manifest,
-        )  # fmt: skip
         device = _Recorded(manifest, found)
         try:
+            bench = _replay(manifest, Path(folder))
             table = profiler.fill(bench, device, progress, seconds=manifest.seconds, networks=manifest.networks)
-        except (ArithmeticError, LookupError, ValueError) as error:
+        except NascompileError:
+            raise
+        except Exception as error:  # a configuration may make any library fail in any way
             raise RecordError("the kit's manifest does not fit together", detail=f"{type(error).__name__}: {error}", hint=AGAIN) from error
     if left := device.left:
         raise TableError(
@@ -98,8 +97,17 @@ def table_of(results: Path, kit: Path | None, progress: Progress) -> LatencyTabl
             detail=f"the kit was made by {manifest.nascompile}", hint=AGAIN,
         )  # fmt: skip
     table = msgspec.structs.replace(table, seconds=found.seconds)
-    table_check.check(table)
+    table_check.check(table, again)
     return table
+
+
+def times_of(content: bytes, kit: Path) -> dict[str, Quantity]:
+    """Graph ▸ latency, from the results of a kit of one window; the kit is a folder. Raises as `table_of` does."""
+    manifest_bytes = _read(kit, MANIFEST)
+    manifest, found = _decoded(manifest_bytes, KitManifest, MANIFEST), _decoded(content, KitResults, RESULTS)
+    _check_origin(manifest, manifest_bytes, found)
+    _check_numbers(manifest, found, "run the same command again")
+    return {name: _quantity(timing, "measured") for name, timing in found.windows[0].first.items()}
 
 
 AGAIN = "export the kit again with this version of nascompile and run it again"
@@ -195,7 +203,7 @@ def _check_origin(manifest: KitManifest, manifest_bytes: bytes, found: KitResult
         )  # fmt: skip
 
 
-def _check_numbers(manifest: KitManifest, found: KitResults) -> None:
+def _check_numbers(manifest: KitManifest, found: KitResults, again: str) -> None:
     """RecordError listing everything that is missing, that nothing asked for, or that no clock can have said."""
     faults = [f"environment: {fault}" for fault in _word_faults(found.environment)]
     if not 0 <= found.seconds < math.inf:
@@ -210,7 +218,7 @@ def _check_numbers(manifest: KitManifest, found: KitResults) -> None:
         more = [f"and {len(faults) - 20} more"] if len(faults) > 20 else []
         raise RecordError(
             f"the results cannot be believed: {len(faults)} fault{'s' * (len(faults) > 1)}", detail="\n".join([*faults[:20], *more]),
-            hint="remove results.jsonl on the device and run the kit again",
+            hint=again,
         )  # fmt: skip
 
 
@@ -269,9 +277,25 @@ class _Replay(profiler.Bench):
         return Job(candidate.id, None, {})
 
     def pick(self, table: LatencyTable, count: int) -> tuple[Candidate, ...]:
-        """The kit's, in the order of its last window."""
+        """The kit's."""
+        return self.timed
+
+    @property
+    def timed(self) -> tuple[Candidate, ...]:
+        """Whole networks in the order of the windows that they are in."""
         candidates = {g.id: g.candidate for g in self.manifest.graphs if g.candidate}
         return tuple(candidates[name] for window in self.manifest.windows for name in window.graphs if name in candidates)
+
+
+def _replay(manifest: KitManifest, folder: Path) -> _Replay:
+    """The bench of a kit's model; RecordError where its configuration or its search space names more than a kit may hold."""
+    kit_limits.check_config(manifest.config)
+    (folder / "config.json").write_text(json.dumps(manifest.config), encoding="utf-8")
+    config = models.read_config(folder)
+    family, form = models.family_of(config.model_type), form_for(manifest.target.backend, manifest.provider, "any")
+    bench = _Replay(family, config, manifest.space, manifest.target, form, folder / "work", manifest.seed, manifest)
+    kit_limits.check_space(family, config, manifest.space, manifest.target, manifest.networks, bench.timed)
+    return bench
 
 
 @dataclass

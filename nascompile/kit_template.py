@@ -16,6 +16,7 @@ import ctypes
 import gc
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -114,6 +115,8 @@ class Kit:
         if name == "onnxruntime" and PROVIDERS[self.provider] not in runtime.get_available_providers():
             has = ", ".join(runtime.get_available_providers())
             raise KitError(f"onnxruntime has no {PROVIDERS[self.provider]} here, only {has}\n\nhint: {install}")
+        if self.provider != "cpu" and hasattr(runtime, "preload_dlls"):
+            runtime.preload_dlls()  # NVIDIA's libraries from where pip puts them, which no loader looks into
         return runtime
 
     def check_processor(self) -> None:
@@ -350,7 +353,10 @@ def onnxruntime_call(kit: Kit, path: Path, inputs: dict[str, Any]) -> Any:
     wanted = PROVIDERS[kit.provider]
     session = ort.InferenceSession(str(path), options, providers=[(wanted, extra)], disabled_optimizers=disabled)
     if session.get_providers()[0] != wanted:  # onnxruntime goes on with the processor where a provider cannot start
-        raise KitError(f"{wanted} could not be started; onnxruntime offers {', '.join(session.get_providers())}")
+        raise KitError(
+            f"{wanted} could not be started; onnxruntime goes on with {', '.join(session.get_providers())}\n\n"
+            "hint: its libraries (CUDA, cuDNN; TensorRT) must be found: put their folders into LD_LIBRARY_PATH"
+        )
     names = [output.name for output in session.get_outputs()]
     return lambda: session.run(names, inputs)
 
@@ -376,11 +382,16 @@ def device(provider: str, names: dict[str, str]) -> list[list[Any]]:
 
 
 def package_version(runtime: str) -> str:
-    """As installed; empty if it is not. OpenVINO's own string has a build number that its package's lacks."""
+    """Of the package that is imported; empty if none is installed. OpenVINO's own string has a build number that its package's lacks."""
+    spec = importlib.util.find_spec(runtime)
+    found: list[Any] = []
     for package in ("onnxruntime", "onnxruntime-gpu") if runtime == "onnxruntime" else (runtime,):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(package)
-    return ""
+            found.append(importlib.metadata.distribution(package))
+    if spec and spec.origin:  # of two in different folders, the one that is found first
+        place = Path(spec.origin).resolve()
+        found.sort(key=lambda one: Path(str(one.locate_file(f"{runtime}/__init__.py"))).resolve() != place)
+    return found[0].version if found else ""
 
 
 X86 = ("x86_64", "amd64", "i686", "x86")

@@ -32,6 +32,8 @@ from nascompile.records import (
 LEVEL = 0.9
 FLOOR = 0.01
 """No interval is narrower than ± this fraction: the same engine timed twice differs by that much."""
+MERGED = "merged"
+"""In what is recorded of a merged table: the ends of its parts' file names. Its validation networks are predicted by these parts."""
 FOREIGN = "a latency table of another environment"
 """How a result says whose predictions it rests on."""
 _T95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
@@ -217,11 +219,11 @@ def workload_label(workload: Workload) -> str:
 def find(
     target: Target, environment: Environment, operators: Sequence[Operator], explicit: Path | None = None, allow_foreign: bool = False
 ) -> Found | None:  # fmt: skip
-    """The stored table of this target and environment that lacks fewest operators; ties: best folder, then smallest error.
+    """The stored table of this target and environment that lacks fewest operators; ties: best folder, then the newest file.
 
     `explicit` may be a folder, looked at before the others, or one table file: then only that is considered, and TableError
-    says why it cannot be used; `allow_foreign` lets it be of another environment. Damaged files and tables of other machines in the
-    folders are passed over.
+    says why it cannot be used; `allow_foreign` lets it be of another environment. Damaged files, tables of other machines and those that
+    have none of the operators are passed over in folders.
     """
     if explicit is not None and explicit.is_file():
         table = read(explicit)
@@ -232,7 +234,7 @@ def find(
             )  # fmt: skip
         check_environment(table, environment, allow_foreign)
         return Found(explicit, table, missing(table, operators))
-    found: list[tuple[tuple[int, int, float, str], Found]] = []
+    found: list[tuple[tuple[int, int, int, str], Found]] = []
     for rank, folder in enumerate(places.folders(places.TABLES, explicit)):
         for path in sorted((folder / target.device).glob(f"{target.backend}-*.json")):
             try:
@@ -241,8 +243,32 @@ def find(
                 continue
             if table.target == target and not differences(table.environment, environment):
                 lacking = missing(table, operators)
-                found.append(((len(lacking), rank, table.relative_error, path.name), Found(path, table, lacking)))
+                if len(lacking) < len(set(operators)):
+                    found.append(((len(lacking), rank, -path.stat().st_mtime_ns, path.name), Found(path, table, lacking)))
     return min(found, key=lambda item: item[0])[1] if found else None
+
+
+def nothing_to_add_to(target: Target, environment: Environment, explicit: Path | None = None) -> TableError:
+    """What to raise where there is no table that rows could be added to: it says of every one of the device why not."""
+    lines = []
+    for path, table in of_device(target, explicit):
+        differ = [name for name, _, _ in differences(table.environment, environment)]
+        if table.target != target:
+            lines.append(f"{path}: {unfit(table.target, target)}")
+        else:
+            lines.append(f"{path}: " + (f"made with other {', '.join(differ)}" if differ else "has none of the model's operators"))
+    return TableError(
+        f"there is no latency table of this environment to add operators to: {target.device}, {target.backend}, "
+        f"{workload_label(target.workload)}, {'1 thread' if target.threads == 1 else f'{target.threads} threads'}",
+        detail="\n".join(lines), hint="leave --add-missing out, and a new table is made",
+    )  # fmt: skip
+
+
+def unfit(there: Target, wanted: Target) -> str:
+    """Why a table of one target is none of another."""
+    if there == wanted:
+        return "its graphs were made by other sources of nascompile"
+    return "made for another " + ", ".join(n for n in there.__struct_fields__ if getattr(there, n) != getattr(wanted, n))
 
 
 def of_device(target: Target, explicit: Path | None = None) -> tuple[tuple[Path, LatencyTable], ...]:
@@ -308,7 +334,8 @@ def merge(a: LatencyTable, b: LatencyTable) -> LatencyTable:
     """A new table with the rows of both, the quieter one where both have it; TableError unless target and environment agree.
 
     Each table's scale and factors are multiplied into its rows, so the new scale is 1; the interval is the wider of the two, and what
-    belongs to no row is as the table with the narrower one has it.
+    belongs to no row is as the table with the narrower one has it. Validation networks keep what their own table predicted: a table holds
+    no operator graphs to predict them by once more. MERGED names the two.
     """
     if a.target != b.target:
         message = f"tables of two targets cannot be merged: {a.target.id} and {b.target.id}"
@@ -327,6 +354,7 @@ def merge(a: LatencyTable, b: LatencyTable) -> LatencyTable:
             held = rows.get(row.operator)
             if held is None or noise(scaled.latency) < noise(held.latency):
                 rows[row.operator] = scaled
+    recorded = (*(pair for pair in a.environment.recorded if pair[0] != MERGED), (MERGED, " ".join(records.digest(t)[:8] for t in (a, b))))
     calls = [rescaled(table.call, table.scale) for table in (a, b) if table.call]
     best = min((a, b), key=lambda table: table.relative_error)
     rest = best.correction
@@ -335,7 +363,7 @@ def merge(a: LatencyTable, b: LatencyTable) -> LatencyTable:
         each = tuple((name, best.scale * ms) for name, ms in rest.block_ms)
         rest = TableCorrection(change_ms=best.scale * rest.change_ms, block_ms=each, reach=line)
     return LatencyTable(
-        target=a.target, environment=a.environment, rows=tuple(rows.values()),
+        target=a.target, environment=Environment(must_match=a.environment.must_match, recorded=recorded), rows=tuple(rows.values()),
         call=min(calls, key=noise, default=None), correction=rest,
         validation=(*a.validation, *b.validation), relative_error=max(a.relative_error, b.relative_error),
         drift=max(a.drift, b.drift), seconds=a.seconds + b.seconds,

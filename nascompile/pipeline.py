@@ -34,7 +34,6 @@ from nascompile import (
     network,
     plugins,
     profiler,
-    remote,
     report,
     rerank,
     scoring,
@@ -80,6 +79,7 @@ from nascompile.records import (
     save,
     write_atomic,
 )
+from nascompile.remote_device import RemoteDevice
 from nascompile.search import Pricing, search
 from nascompile.settings import DEMO, TOY, Recipe
 from nascompile.space import largest, uniform
@@ -94,6 +94,11 @@ DECIDING = ("budgets", "finetune", "search", "measure", "also")
 """Settings that lead to a choice: fixed once test has been read for one."""
 TEACHER_SHARE, FINETUNE_SHARE, SEARCH_SHARE = 0.25, 0.55, 0.8
 """Parts of `minutes` after which the teacher, the super-network and the search come to an end."""
+TableUse = Literal["", "add-missing", "fresh"]
+"""Where the profile stage takes its tables from: those stored, with what they lack added, else new ones; only those stored, with what
+they lack added; new ones, whatever is stored."""
+FRESH = "profiling-fresh"
+"""Folder of what a fresh profile has timed so far."""
 FOREIGN = "foreign.json"
 """What is foreign about `table.json`; not there where nothing is."""
 
@@ -116,7 +121,10 @@ class Given:
     direction: Literal["maximize", "minimize"] = "maximize"
 
 
-def run(recipe: Recipe, out: Path, *, until: str = STAGES[-1], progress: Progress | None = None, given: Given | None = None) -> None:
+def run(
+    recipe: Recipe, out: Path, *, until: str = STAGES[-1], progress: Progress | None = None, given: Given | None = None,
+    table: TableUse = "",
+) -> None:  # fmt: skip
     """Run the stages up to `until`, skipping finished ones whose inputs have not changed; everything is in `out` afterwards.
 
     Of several processes the first does this, the others take part in its trainings; all return when it has ended.
@@ -126,7 +134,12 @@ def run(recipe: Recipe, out: Path, *, until: str = STAGES[-1], progress: Progres
         return _assist(team, out, given)
     with team.leading():
         _check_target(recipe, until)
-        _lead(team, recipe, out, until, progress, given)
+        if table == "fresh" and recipe.tables and Path(recipe.tables).is_file():
+            raise RecipeError(
+                f"--fresh makes a new latency table, and --tables names the one to use: {recipe.tables}",
+                hint="name the folder that the new one is to go to, or leave --tables out",
+            )
+        _lead(team, recipe, out, until, progress, given, table)
 
 
 def _check_target(recipe: Recipe, until: str) -> None:
@@ -153,13 +166,13 @@ def _check_target(recipe: Recipe, until: str) -> None:
             raise UnsupportedError(f"`{first.backend}` cannot search {name}: {reasons[first.backend]}", hint=hint)
 
 
-def _lead(team: Team, recipe: Recipe, out: Path, until: str, progress: Progress, given: Given) -> None:
+def _lead(team: Team, recipe: Recipe, out: Path, until: str, progress: Progress, given: Given, table: TableUse) -> None:
     with _locked(out):
         _sweep(out)
         _keep_recipe(recipe, out)
         if team.remark:
             progress.note(team.remark)
-        context = Context(recipe, out, progress, given, team)
+        context = Context(recipe, out, progress, given, team, table)
         for number, stage in enumerate(STAGES[: STAGES.index(until) + 1], 1):
             progress.stage(stage, number, len(STAGES))
             with _room(out):
@@ -176,8 +189,10 @@ def _assist(team: Team, out: Path, given: Given) -> None:
 class Context:
     """One run: what the stages need, opened when first asked for."""
 
-    def __init__(self, recipe: Recipe, out: Path, progress: Progress, given: Given, team: Team = ALONE) -> None:
-        self.recipe, self.out, self.progress, self.given, self.team = recipe, out, progress, given, team
+    def __init__(
+        self, recipe: Recipe, out: Path, progress: Progress, given: Given, team: Team = ALONE, table_use: TableUse = ""
+    ) -> None:  # fmt: skip
+        self.recipe, self.out, self.progress, self.given, self.team, self.table_use = recipe, out, progress, given, team, table_use
         self.began = time.monotonic()
         self.done: dict[str, StageDone] = {}
 
@@ -186,7 +201,8 @@ class Context:
         path = self.out / "stages" / f"{stage}.json"
         inputs = digest(stage, self._inputs(stage))
         unseen = stage == "data" and self.given.data  # objects in memory may have changed: read, compared by what they hold
-        if path.is_file() and not unseen:
+        anew = stage == "profile" and self.table_use == "fresh"
+        if path.is_file() and not unseen and not anew:
             before = load(path, StageDone)
             if before.inputs == inputs and all(_unchanged(self.out / name, sha) for name, sha in before.files):
                 self.done[stage] = before
@@ -220,7 +236,7 @@ class Context:
         """What the latencies of further devices depend on; nothing where there are none."""
         explicit = several.tables_folder(self.recipe)
         return tuple(
-            (f.target, digest(f.table(self._operators(n), explicit).table) if f.absent else f.environment.must_match)
+            (f.target, f.transport or (digest(f.table(self._operators(n), explicit).table) if f.absent else f.environment.must_match))
             for n, f in enumerate(self.further, 1)
         )
 
@@ -299,7 +315,7 @@ class Context:
     @cached_property
     def further(self) -> tuple[several.Further, ...]:
         """Devices after the first that the same network is searched for."""
-        return several.further(self.recipe, self.target)
+        return several.further(self.recipe, self.target, self.out)
 
     @property
     def bounds(self) -> tuple[Budget, ...]:
@@ -449,7 +465,7 @@ class Context:
         explicit = Path(self.recipe.tables) if self.recipe.tables else None
         own = spaces.of_targets(shared, (0,))
         if self.transport:
-            table, environment = self._profile_there(own)
+            table, environment = self._profile_there(own, self.target, explicit)
         else:
             table = self._table(own, self.target, self.backend, self.device, explicit)
             environment = self.device.environment(self.target, self.backend.versions())
@@ -459,6 +475,9 @@ class Context:
         for number, f in enumerate(self.further, 1):
             if f.absent:
                 self.progress.note(f"{f.label} cannot run here, predictions of its table stand for measurements: {f.absent}")
+            if f.transport:
+                table, _ = self._profile_there(spaces.of_targets(shared, (number,)), f.target, folder)
+            elif f.absent:
                 found = f.table(self._operators(number), folder)
                 self.progress.note(f"using the latency table {found.path}")
                 table = found.table
@@ -469,15 +488,20 @@ class Context:
             save(table, self.out / "tables" / f"{f.file}.json")
             written.append(self.out / "tables" / f"{f.file}.json")
             self.progress.note(f"{f.label}: {len(table.rows)} operators, 90 % interval ±{100 * table.relative_error:.1f} %")
+        _discard(self.out, (FRESH,))
         return written
 
     def _table(self, space: SearchSpace, target: Target, backend: Any, device: Any, explicit: Path | None) -> LatencyTable:
         """The latency table of a target that runs here: a stored one that still holds, or a new one."""
         environment = device.environment(target, backend.versions())
         operators = network.operators(self.family, self.config, space, target)
-        found = latency_table.find(target, environment, operators, explicit, self.recipe.allow_foreign)
+        found = None
+        if self.table_use != "fresh":
+            found = latency_table.find(target, environment, operators, explicit, self.recipe.allow_foreign)
+        if self.table_use == "add-missing" and found is None:
+            raise latency_table.nothing_to_add_to(target, environment, explicit)
         foreign = latency_table.differences(found.table.environment, environment) if found else ()
-        work = self.out / "profiling"
+        work = self._profiling_folder
         if found and foreign:
             if found.missing:
                 raise TableError(
@@ -501,6 +525,11 @@ class Context:
         self.progress.note(f"new latency table: {latency_table.store(table, explicit)}")
         return table
 
+    @property
+    def _profiling_folder(self) -> Path:
+        """Where a profile keeps what it has timed until it is finished: a fresh one goes on with nothing that was timed before it."""
+        return self.out / (FRESH if self.table_use == "fresh" else "profiling")
+
     def _check_pace(
         self, found: latency_table.Found, operators: Sequence[Operator], space: SearchSpace, backend: Any, device: Any
     ) -> None:  # fmt: skip
@@ -518,37 +547,27 @@ class Context:
             save(ForeignUse(table_digest=digest(table), differences=foreign), path)
         return [path] if foreign else []
 
-    def _profile_there(self, space: SearchSpace) -> tuple[LatencyTable, Environment]:
-        """A table of a device over ssh, a stored one or that of a kit that is copied there, run and fetched; and what the device is now."""
-        profile, target = targets.load_profile(self.recipe.device), self.target
-        connection = remote.Connection(self.transport, profile.python, self.progress)
-        there = connection.probe(target.backend)
-        environment = Environment(must_match=kit_import.must_match(there.device, there.versions, target, latency_table.lowering_digest()))
-        explicit = Path(self.recipe.tables) if self.recipe.tables else None
+    def _profile_there(self, space: SearchSpace, target: Target, explicit: Path | None) -> tuple[LatencyTable, Environment]:
+        """A table of a device over ssh, a stored one that still holds or a new one; and what the device is now."""
+        there, fresh, seed = RemoteDevice(target, self.progress), self.table_use == "fresh", self.recipe.seed
         operators = network.operators(self.family, self.config, space, target)
-        found = latency_table.find(target, environment, operators, explicit, self.recipe.allow_foreign)
+        found = None if fresh else latency_table.find(target, there.environment, operators, explicit, self.recipe.allow_foreign)
         if found and not found.missing:
+            if not latency_table.differences(found.table.environment, there.environment):
+                there.canary(found.table, self.family, self.config, space, self.out / "profiling", seed)
             self.progress.note(f"using the latency table {found.path}")
-            return found.table, environment
-        form = kit.form_of(target.backend, there.machine, frozenset(there.isa))
-        for precision in space.precisions:
-            if reason := form.supports(precision):
-                raise UnsupportedError(
-                    f"`{target.device}` cannot run {precision.name} with {target.backend}: {reason}",
-                    hint="leave it out of `search.precisions`, or take --backend onnxruntime",
-                )
-        seconds, seed = self.recipe.profile_seconds, self.recipe.seed
-        key = digest(self.config.to_json_string(use_diff=False), space, target, form.passes, seconds, seed, environment, kit.method())
-        folder = self.out / "profiling" / f"kit-{key[:16]}"
-        if not folder.exists():
-            kit.export(self.family, self.config, space, target, form, "cpu", seed, folder, self.progress, seconds=seconds)
-        results = folder.with_suffix(".json")
-        write_atomic(results, connection.run(folder))
-        table = kit_import.table_of(results, folder, Silent())
+            return found.table, there.environment
+        if self.table_use == "add-missing":
+            if found is None:
+                raise latency_table.nothing_to_add_to(target, there.environment, explicit)
+            raise UnsupportedError(
+                f"operators cannot be added over ssh: {found.path} lacks {len(found.missing)}",
+                detail="\n".join(operator.label for operator in found.missing), hint="leave --add-missing out, and all are timed",
+            )  # fmt: skip
+        work, seconds = self._profiling_folder, self.recipe.profile_seconds
+        table = there.profile(self.family, self.config, space, work, seed, seconds, fresh)
         self.progress.note(f"new latency table: {latency_table.store(table, explicit)}")
-        _discard(folder.parent, (folder.name,))
-        results.unlink()
-        return table, environment
+        return table, there.environment
 
     def training_plan(self) -> finetune.Plan:
         """What the fine-tuning stage works with, in every process: the first device's space, so that others change no draw."""
@@ -875,11 +894,13 @@ def _build_searched(context: Context, e: Evaluation, target: Target, number: int
 
 def export_kit(
     recipe: Recipe, run: Path | None, out: Path, progress: Progress | None = None, *, provider: kit.Provider = "cpu", processor: str = "",
-    max_length: int = 0, labels: int = 0, seconds: float = 0.0, networks: int = profiler.NETWORKS,
+    threads: int = 0, max_length: int = 0, labels: int = 0, seconds: float = 0.0, networks: int = profiler.NETWORKS,
 ) -> kit.KitManifest:  # fmt: skip
     """Write a kit for the recipe's model and device to `out`; `run`: a folder whose data stage says how long texts are and what labels.
 
-    `max_length` and `labels` say so where there is no run. `processor`: see `kit.PROCESSORS`; empty: this one for the local device.
+    Where the recipe names further devices, the kit has the operators that a search for all of them needs a table of the first for.
+    `max_length` and `labels` say so where there is no run. `threads`: 0: the device's default. `processor`: see `kit.PROCESSORS`; empty:
+    this one for the local device.
     """
     with tempfile.TemporaryDirectory() as scratch:
         context = Context(recipe, run or Path(scratch), progress or Silent(), Given())
@@ -890,11 +911,13 @@ def export_kit(
             raise RecipeError(f"{recipe.model} does not say how many tokens a text has", hint="--max-length N, or name a run with its data")
         if labels:
             config.num_labels = labels
-        target = targets.make(recipe.device, recipe.backend, family.workload(config, 1, max_length), recipe.threads)
+        target = targets.make(recipe.device, recipe.backend, family.workload(config, 1, max_length), threads)
         form = kit.form_for(target.backend, provider, processor or ("here" if recipe.device == targets.LOCAL else "any"))
         target = msgspec.structs.replace(target, session=kit.session(target.session, provider))
         precisions = recipe.search.precisions if provider == "cpu" else kit.GPU_PRECISIONS
-        space = network.search_space(family, config, form, target, models.weights_digest(context.model_folder), (), precisions)
+        places = [(form, target), *((plugins.get("backends", t.backend), t) for t in targets.several(target, recipe.also)[1:])]
+        weights = models.weights_digest(context.model_folder)
+        space = spaces.of_targets(network.shared_space(family, config, places, weights, (), precisions), (0,))
         if provider != "cpu":
             space = network.half_space(family, config, space)
         return kit.export(
@@ -924,16 +947,24 @@ def check_passes(engine: Path, progress: Progress | None = None) -> tuple[PassCh
         return build.check_passes(context.parts, source, manifest.candidate, engine.with_name(f"{engine.name}.graphs"))
 
 
-def canary(table: LatencyTable, model: str = "", run: Path | None = None) -> float:
-    """Median of now / table over a few operators of a model, or of a run's; TableError if this machine is not as fast as it was.
+def environment_there(target: Target) -> Environment:
+    """What the device of a target is now that is reached over ssh."""
+    return RemoteDevice(target).environment
+
+
+def canary(table: LatencyTable, model: str = "", run: Path | None = None, progress: Progress | None = None) -> float:
+    """Median of now / table over a few operators of a model, or of a run's; TableError if the device is not as fast as it was.
 
     Nothing is written into the run folder.
     """
     with tempfile.TemporaryDirectory() as scratch:
         recipe = load(run / "recipe.json", Recipe) if run else Recipe(model=model)
-        context = Context(msgspec.structs.replace(recipe, device=table.target.device), run or Path(scratch), Silent(), Given())
+        recipe = msgspec.structs.replace(recipe, device=table.target.device, also=())
+        context = Context(recipe, run or Path(scratch), Silent(), Given())
         context.target = table.target
         space, work = context.space_of(context.config, ()), Path(scratch) / "canary"
+        if context.transport:
+            return RemoteDevice(table.target, progress).canary(table, context.family, context.config, space, work, recipe.seed)
         return profiler.canary(table, context.family, context.config, space, context.backend, context.device, work, recipe.seed)
 
 
@@ -1055,7 +1086,7 @@ def _locked(out: Path) -> Iterator[None]:
 
 def _sweep(out: Path) -> None:
     """Remove what a killed process was writing; nobody else writes here."""
-    for path in (*out.glob("**/.*.part"), *out.glob("**/.*.old"), *out.glob("profiling/tmp*")):
+    for path in (*out.glob("**/.*.part"), *out.glob("**/.*.old"), *out.glob("profiling*/tmp*")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -74,6 +74,8 @@ LEAST_QUIET = 3
 """Fewest undisturbed networks that fit the scale or give the interval; with fewer, the disturbed ones count too and widen it."""
 CANARY = 0.1
 """A table is refused when rows timed now differ from it by more than this fraction (median)."""
+CANARY_ROWS, CANARY_SECONDS = 5, 2.0
+"""How many rows are timed again, and for how long in all."""
 CALL = Operator(kind="call", dims=())
 """What a call costs whatever the network; a row of the journal, a field of the table."""
 
@@ -225,32 +227,42 @@ def fill(
 
 def canary(
     table: LatencyTable, family: Family, config: Any, space: SearchSpace, backend: Backend, device: Device, folder: Path, seed: int,
-    *, count: int = 5, seconds: float = 2.0,
+    *, count: int = CANARY_ROWS, seconds: float = CANARY_SECONDS,
 ) -> float:  # fmt: skip
     """Median of now / table over a few rows of the space; TableError if the machine is not as fast as it was."""
     target = table.target
     latency_table.check_environment(table, device.environment(target, backend.versions()))
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(family, config, space, target, backend, folder, seed)
-    stored = {row.operator: row.latency for row in table.rows}
-    noisy = {row.operator for row in table.rows if row.noisy}
-    choices = [o for o in network.operators(family, config, space, target) if o in stored and o.kind in bench.repeated]
-    shuffled = [choices[i] for i in np.random.default_rng(seed).permutation(len(choices))]
-    picked = sorted(shuffled, key=noisy.__contains__)[:count]  # quiet rows first
-    if not picked:
-        raise TableError(
-            f"the latency table of {target.id} has no operator of this space's layers", hint="make one with `nascompile profile`"
-        )
-    call = table.call.value if table.call else 0.0
+    picked = to_repeat(bench, table, count)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         jobs = [bench.operator(o, bench.copies(o), Path(scratch)) for o in picked]
         found = device.time(jobs, seconds=seconds, seed=seed)
-    ratio = float(np.median([q.value / (bench.copies(o) * stored[o].value + call) for o, q in zip(picked, found, strict=True)]))
+    return compare(bench, table, picked, found)
+
+
+def to_repeat(bench: Bench, table: LatencyTable, count: int = CANARY_ROWS) -> tuple[Operator, ...]:
+    """A few operators of the space's layers that the table has, drawn at random, the quiet ones first; TableError if it has none."""
+    known = {row.operator: row.noisy for row in table.rows}
+    wanted = network.operators(bench.family, bench.config, bench.space, bench.target)
+    choices = [o for o in wanted if o in known and o.kind in bench.repeated]
+    shuffled = [choices[i] for i in np.random.default_rng(bench.seed).permutation(len(choices))]
+    if not shuffled:
+        raise TableError(
+            f"the latency table of {table.target.id} has no operator of this space's layers", hint="make one with `nascompile profile`"
+        )
+    return tuple(sorted(shuffled, key=known.__getitem__)[:count])
+
+
+def compare(bench: Bench, table: LatencyTable, operators: Sequence[Operator], found: Sequence[Quantity]) -> float:
+    """Median of now / table over stacks of operators that were timed again; TableError if the machine is not as fast as it was."""
+    stored, call = {row.operator: row.latency.value for row in table.rows}, table.call.value if table.call else 0.0
+    ratio = float(np.median([q.value / (bench.copies(o) * stored[o] + call) for o, q in zip(operators, found, strict=True)]))
     if abs(ratio - 1) > CANARY:
         raise TableError(
-            f"{target.device} is not as fast as when its latency table was made: {ratio:.2f} times the latency",
-            detail=f"median of {len(picked)} operators; accepted: {1 - CANARY:.2f} to {1 + CANARY:.2f}",
-            hint="wait until the machine is idle and try again, or make a new table with `nascompile profile`",
+            f"{table.target.device} is not as fast as when its latency table was made: {ratio:.2f} times the latency",
+            detail=f"median of {len(operators)} operators; accepted: {1 - CANARY:.2f} to {1 + CANARY:.2f}",
+            hint="wait until the machine is idle and try again, or make a new table: `nascompile profile --fresh` with the same settings",
         )
     return ratio
 

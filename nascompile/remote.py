@@ -73,14 +73,20 @@ class Connection:
         pairs = {name: tuple((str(a), str(b)) for a, b in found[name]) for name in ("device", "versions")}
         return Found(str(found["machine"]), tuple(map(str, found["isa"])), pairs["device"], pairs["versions"])
 
-    def run(self, folder: Path) -> bytes:
-        """Copy a kit there, run it to its end, fetch `results.json`."""
+    def run(self, folder: Path, token: str = "") -> bytes:
+        """Copy a kit there, run it to its end, fetch `results.json`.
+
+        `token`: what was timed under another one does not count; under the same one, an interrupted run is gone on with.
+        """
         manifest = folder / kit.MANIFEST
         place = f"{FOLDER}/{file_digest(manifest)[:16]}"
         self._copy(folder, place)
-        begun = self._answer(self.ask("start", place))
-        self.progress.note(f"{self.address}: {'timing' if begun['started'] else 'is timing already'}, in ~/{place}")
-        said = self._follow(place, int(begun["offset"]))
+        while True:
+            begun = self._answer(self.ask("start", place, token))
+            self.progress.note(f"{self.address}: {'timing' if begun['started'] else 'is timing already'}, in ~/{place}")
+            said = self._follow(place, int(begun["offset"]))
+            if token in ("", begun["token"]):
+                break  # else it was somebody else's, begun before: this one comes after it
         if results := self.ask("fetch", place):
             return results
         raise RecordError(

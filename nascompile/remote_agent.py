@@ -18,8 +18,8 @@ import time
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-LOG, LOCK, RESULTS = "run.log", "agent.lock", "results.json"
-OURS = (LOG, LOCK, RESULTS, "results.jsonl", "results.lock")
+LOG, LOCK, RESULTS, JOURNAL, TOKEN = "run.log", "agent.lock", "results.json", "results.jsonl", "agent.token"
+OURS = (LOG, LOCK, RESULTS, JOURNAL, TOKEN, "results.lock")
 """What is in a kit's folder besides the kit."""
 
 
@@ -69,24 +69,31 @@ def receive(folder: str) -> None:
             os.replace(temporary, path)
 
 
-def start(folder: str) -> None:
-    """Start the script unless it is running, in a session of its own that outlives this one; where its log begins."""
+def start(folder: str, token: str) -> None:
+    """Start the script unless it is running, in a session of its own that outlives this one; where its log begins, and its token.
+
+    A new token starts over: what the journal has was timed before somebody wanted to know how fast the machine is now.
+    """
     top = Path(folder)
+    begun = (top / TOKEN).read_text() if (top / TOKEN).is_file() else ""
     lock = (top / LOCK).open("w")
     log = top / LOG
     offset = log.stat().st_size if log.exists() else 0
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        print(json.dumps({"started": False, "offset": offset}))
+        print(json.dumps({"started": False, "offset": offset, "token": begun}))
         return
+    if token and token != begun:
+        (top / JOURNAL).unlink(missing_ok=True)
+        (top / TOKEN).write_text(token)
     (top / RESULTS).unlink(missing_ok=True)  # of an earlier run, maybe with other versions; the journal has its times
     with log.open("ab") as output:
         subprocess.Popen(
             [sys.executable, "-u", "run_kit.py"], cwd=top, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             start_new_session=True, pass_fds=[lock.fileno()],  # the lock is held for as long as the script lives
         )  # fmt: skip
-    print(json.dumps({"started": True, "offset": offset}))
+    print(json.dumps({"started": True, "offset": offset, "token": token or begun}))
 
 
 def follow(folder: str, offset: str) -> None:

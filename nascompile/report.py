@@ -594,6 +594,7 @@ def _prediction(records: RunRecords, engines: list[Json]) -> Json:
     return {
         "engines": rows, "networks": networks, "mape_engines": _mape(rows), "mape_networks": _mape(networks),
         "relative_error": table.relative_error if table else None,
+        "merged": bool(table and latency_table.MERGED in dict(table.environment.recorded)),
         "factor": records.correction.factor if records.correction else None,
         "spread": records.correction.spread if records.correction else None,
         "missing": missing,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,9 @@ from typing import Any
 from nascompile import latency_table, plugins, targets
 from nascompile.errors import RecipeError, TableError, UnsupportedError
 from nascompile.latency_table import Found
-from nascompile.records import Environment, Operator, Target
+from nascompile.records import Environment, Operator, Target, Workload
 from nascompile.settings import Recipe
 from nascompile.targets import label
-
-KIT = "on that device: `nascompile kit export` writes what times it there, `nascompile kit import` makes the table"
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,8 @@ class Further:
     target: Target
     absent: str
     """Why its engines cannot run here, so that predictions of a stored table stand for measurements; empty: they can."""
+    kit: str
+    """Command that writes a kit with the operators that a table of it needs for this search."""
 
     @property
     def backend(self) -> Any:
@@ -32,6 +33,11 @@ class Further:
     @property
     def label(self) -> str:
         return label(self.target)
+
+    @property
+    def transport(self) -> str:
+        """How it is reached where it is not here but has an ssh server; its table is then made and tried there."""
+        return targets.load_profile(self.target.device).transport
 
     @property
     def file(self) -> str:
@@ -50,15 +56,21 @@ class Further:
             here = latency_table.of_device(self.target, explicit)
             raise TableError(
                 f"no latency table of `{self.label}` fits this model and these sources, and it cannot run here: {self.absent}",
-                detail="\n".join(f"{path}: {_unfit(table.target, self.target)}" for path, table in here), hint=f"make one {KIT}",
+                detail="\n".join(f"{path}: {latency_table.unfit(table.target, self.target)}" for path, table in here),
+                hint=f"make one on that device: `{self.kit}`, then `nascompile kit import`",
             )  # fmt: skip
         if found.missing:
             raise TableError(
                 f"the latency table of `{self.label}` lacks {len(found.missing)} of the network's operators, and it cannot run here: "
                 + self.absent,
-                detail="\n".join((str(found.path), *(operator.label for operator in found.missing))), hint=f"time them {KIT}",
-            )
+                detail="\n".join((str(found.path), *(operator.label for operator in found.missing))), hint=self._hint(found.missing),
+            )  # fmt: skip
         return found
+
+    def _hint(self, missing: Sequence[Operator]) -> str:
+        integers = any(operator.precision.accumulation.kind == "int" for operator in missing)
+        vnni = " --processor vnni" if integers and self.target.backend == "openvino" else ""  # which has no form for processors without
+        return f"a kit of this search, with the widths that its devices share: `{self.kit}{vnni}`, then `nascompile kit import`"
 
 
 def environment_of(target: Target) -> Environment:
@@ -67,10 +79,30 @@ def environment_of(target: Target) -> Environment:
     return found
 
 
-def further(recipe: Recipe, first: Target) -> tuple[Further, ...]:
-    """The devices that a recipe names after the first."""
-    explicit = tables_folder(recipe)
-    return tuple(Further(target, _absence(target, explicit)) for target in targets.several(first, recipe.also)[1:])
+def further(recipe: Recipe, first: Target, run: Path | None = None) -> tuple[Further, ...]:
+    """The devices that a recipe names after the first; `run`: the folder that holds the recipe and what the data says."""
+    explicit, found = tables_folder(recipe), targets.several(first, recipe.also)
+    return tuple(Further(target, _absence(target, explicit), _kit(recipe, target, found, run)) for target in found[1:])
+
+
+def others(recipe: Recipe, named: targets.Named) -> tuple[Target, tuple[str, ...]] | None:
+    """The target of a recipe that is meant, and the names of those it is searched together with; None if none is."""
+    found = targets.several(targets.make(recipe.device, recipe.backend, Workload(), recipe.threads), recipe.also)
+    fitting = [target for target in found if named.fits(target)]
+    if len(fitting) > 1:
+        raise RecipeError(
+            f"{named.device} may be any of {len(fitting)} devices of this run", hint=f"say which: {', '.join(map(label, fitting))}"
+        )
+    return (fitting[0], tuple(label(target) for target in found if target != fitting[0])) if fitting else None
+
+
+def _kit(recipe: Recipe, target: Target, found: Sequence[Target], run: Path | None) -> str:
+    """The command that exports a kit for one of the devices of a search."""
+    words = ["nascompile", "kit", "export", *([str(run)] if run else ["--model", recipe.model]), "--device", label(target)]
+    if run is None:  # which otherwise says so, and what labels there are and how long texts
+        words += [word for other in found if other != target for word in ("--device", label(other))]
+        words += ["--max-length", str(recipe.data.max_length)] * bool(recipe.data.max_length)
+    return shlex.join([*words, "--out", "kit.zip"])
 
 
 def tables_folder(recipe: Recipe) -> Path | None:
@@ -90,8 +122,11 @@ def check(recipe: Recipe, first: Target) -> None:
         )
     others = further(recipe, first)
     for other in others:
-        if other.absent and not latency_table.of_device(other.target, tables_folder(recipe)):
-            raise TableError(f"`{other.label}` cannot run here and has no latency table: {other.absent}", hint=f"make one {KIT}")
+        if other.absent and not other.transport and not latency_table.of_device(other.target, tables_folder(recipe)):
+            raise TableError(
+                f"`{other.label}` cannot run here and has no latency table: {other.absent}",
+                hint=f"make one on that device: `{other.kit}` (texts need --max-length, a new head --labels), then `nascompile kit import`",
+            )
     found = (first, *(other.target for other in others))
     bounds = latencies(recipe, found)
     if "worst_ratio" in recipe.search.objectives and (without := [label(t) for t in found if t.id not in bounds]):
@@ -134,9 +169,3 @@ def _elsewhere(target: Target, explicit: Path | None) -> str:
     there = latency_table.machines(table for _, table in latency_table.of_device(target, explicit))
     here = latency_table.machine(environment_of(target))
     return f"its tables were taken on {', '.join(there)}, this is {here}" if there and here not in there else ""
-
-
-def _unfit(there: Target, wanted: Target) -> str:
-    if there == wanted:
-        return "its graphs were made by other sources of nascompile"
-    return "made for another " + ", ".join(n for n in there.__struct_fields__ if getattr(there, n) != getattr(wanted, n))

@@ -15,12 +15,13 @@ CLOSE = 1e-6
 """Relative difference that is rounding."""
 
 
-def check(table: LatencyTable) -> None:
-    """TableError naming every fault of the table."""
+def check(table: LatencyTable, hint: str = "") -> None:
+    """TableError naming every fault of the table; `hint`: what to do where profiling here is not it."""
     if found := faults(table):
+        again = f"make a new one: `nascompile profile --fresh --device {table.target.device} --backend {table.target.backend}`"
         raise TableError(
             f"the latency table is not sound: {len(found)} {'fault' if len(found) == 1 else 'faults'}", detail="\n".join(found),
-            hint=f"make one with `nascompile profile --device {table.target.device} --backend {table.target.backend}`",
+            hint=hint or again,
         )  # fmt: skip
 
 

@@ -40,7 +40,9 @@ def headline(table: LatencyTable) -> list[str]:
     """What the table is of, what it is worth, and where it was made; a line each."""
     target, noisy = table.target, sum(row.noisy for row in table.rows)
     threads = "1 thread" if target.threads == 1 else f"{target.threads} threads"
-    networks = f"{len(table.validation)} whole networks" + (f", corrected by {len(table.calibration)} more" if table.calibration else "")
+    networks = f"{len(table.validation)} whole networks" + ", each left out in turn" * bool(table.calibration)
+    if latency_table.MERGED in dict(table.environment.recorded):
+        networks += ", as the merged tables predicted them"
     recorded = ", ".join(f"{name} {_plain(value)}" for name, value in table.environment.recorded)
     lines = [
         f"{target.device}, {target.backend}, {latency_table.workload_label(target.workload)}, {threads}",

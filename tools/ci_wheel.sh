@@ -16,13 +16,19 @@ echo "$borrowed" >"$("$work/venv/bin/python" -c 'import sysconfig; print(sysconf
 mkdir "$work/empty"
 cd "$work/empty"
 export XDG_DATA_HOME="$work/data"
-"$work/venv/bin/python" - "$work/venv" <<'PY'
+"$work/venv/bin/python" - "$work/venv" "$checkout" <<'PY'
 import sys
 from pathlib import Path
 
 import nascompile
 
-assert Path(nascompile.__file__).is_relative_to(Path(sys.argv[1]).resolve()), nascompile.__file__
+package, checkout = Path(nascompile.__file__).parent, Path(sys.argv[2]) / "nascompile"
+assert package.is_relative_to(Path(sys.argv[1]).resolve()), package
+for kind in ("demo", "latency_tables"):
+    data = {p.relative_to(checkout): p.stat().st_size for p in (checkout / kind).rglob("*") if p.is_file()}
+    there = {p.relative_to(package): p.stat().st_size for p in (package / kind).rglob("*") if p.is_file()}
+    assert data == there, (kind, data.keys() ^ there.keys())
+    print(f"wheel: {len(data)} files of {kind}")
 PY
 "$work/venv/bin/nascompile" run --device fake --json >result.json
 "$work/venv/bin/python" - <<'PY'

@@ -20,14 +20,13 @@ from nascompile.records import Quantity
 
 WARM, FEWEST_WARM, MOST_WARM = 0.1, 2, 12
 """Seconds of calls without recording, and how many there are at least and at most. An engine in use runs again and again, its weights
-where the caches keep them, and it takes a dozen calls to get them there: `tools/benchmarks/warm_up.py` prints the calls after a switch."""
+where the caches keep them, and it takes a dozen calls to get them there (`tools/benchmarks/timing_method.py`)."""
 VISIT = 3e-2
 SAMPLE = 1e-4
 LEVELS = (0.1, 0.25, 0.5, 0.9, 0.99)
 STATISTIC = 0.25
 """The value of a timed quantity. A busy neighbour only ever adds time, so the low end is the machine's own; but a shared processor also
-has short fast spells, which a lower quantile than the quarter picks out for some calls and not for others (`tools/benchmarks/
-table_statistic.py`: how far the same networks differ between windows by several statistics)."""
+has short fast spells, which a lower quantile picks out for some calls and not for others (`tools/benchmarks/timing_method.py`)."""
 ROUNDS = 10
 """Fewest rounds: samples of fewer visits would share the same disturbance."""
 CAP = 4.0

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -393,7 +394,7 @@ def test_without_ssh_there_is_no_way(elsewhere: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-def test_one_command_profiles_over_ssh_and_copies_only_what_is_missing(board: Any) -> None:
+def test_one_command_profiles_over_ssh_and_copies_only_what_is_missing(board: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     done = invoke(*PROFILE, *RUN)
     assert done.exit_code == 0, done.output
     (path,) = Path("mine/board").glob("*.json")
@@ -401,10 +402,12 @@ def test_one_command_profiles_over_ssh_and_copies_only_what_is_missing(board: An
     assert dict(table.environment.must_match)["cpu"] == dict(targets.device("cpu").environment(table.target, ()).must_match)["cpu"]
     assert load(Path("run/table.json"), LatencyTable) == table
     assert "copying" in done.stderr
-    folder = there(board)
+    (folder,) = (board.home / remote.FOLDER).iterdir()
 
+    monkeypatch.setattr(profiler, "CANARY", 0.9)  # a server, a client and a test share the processor
     again = invoke(*PROFILE, "--out", "second")
     assert again.exit_code == 0, again.output
+    assert "timing 5 operators again" in again.stderr
     assert "using the latency table" in again.stderr, "what is stored is found again by what the device says of itself"
 
     shutil.rmtree("mine")
@@ -488,3 +491,78 @@ def test_what_stands_in_the_way_there_is_said(board: Any, elsewhere: Path) -> No
     done = invoke(*PROFILE, *RUN)
     assert "cannot reach" in done.stderr
     assert "must work without a question first" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_table_is_tried_again_on_the_device_it_is_of(board: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `table validate` and by everything that uses it; each time anew."""
+    assert invoke(*PROFILE, *RUN, "-q").exit_code == 0
+    (path,) = Path("mine/board").glob("*.json")
+    plain = invoke("table", "validate", path, "--json")
+    assert plain.exit_code == 0, plain.output
+    assert json.loads(plain.stdout)["canary"] is None
+
+    monkeypatch.setattr(profiler, "CANARY", 0.9)
+    monkeypatch.setattr(profiler, "CANARY_SECONDS", 0.2)
+    before = set((board.home / remote.FOLDER).iterdir())
+    canary = ("table", "validate", path, "--canary")
+    for source in (("--model", "toy"), ("--model", "toy"), ("--run", "run")):
+        done = invoke(*canary, *source, "--json")
+        assert done.exit_code == 0, done.output
+        assert 0.1 < json.loads(done.stdout)["canary"] < 1.9
+    logs = [(place / "run.log").read_text() for place in set((board.home / remote.FOLDER).iterdir()) - before]
+    assert sum(log.count("[1/1] 5 operators") for log in logs) == 3, "timed every time"
+    assert len(logs) < 3, "and copied once for what is the same"
+    assert not any("going on after" in log for log in logs)
+
+    table = load(path, LatencyTable)
+    assert table.call
+    call = latency_table.rescaled(table.call, 0.1)
+    rows = tuple(records.TableRow(operator=r.operator, latency=latency_table.rescaled(r.latency, 0.1)) for r in table.rows)
+    fast = msgspec.structs.replace(table, rows=rows, call=call, relative_error=9.0)
+    records.save(fast, path)
+    for command in ((*canary, "--model", "toy"), (*PROFILE, "--out", "second")):
+        done = invoke(*command)
+        assert done.exit_code == 1
+        assert "board is not as fast as when its latency table was made" in done.stderr
+        assert "nascompile profile --fresh" in done.stderr
+    elsewhere = records.Environment(must_match=(("cpu", "Another"), *table.environment.must_match[1:]))
+    records.save(msgspec.structs.replace(table, environment=elsewhere), path)
+    done = invoke("table", "validate", path)
+    assert done.exit_code == 1
+    assert "cpu: table has Another" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_fresh_table_over_ssh_is_timed_and_not_fetched_again(board: Any) -> None:
+    assert invoke(*PROFILE, *RUN, "-q").exit_code == 0
+    (place,) = (board.home / remote.FOLDER).iterdir()
+    first = lines(place)
+    done = invoke(*PROFILE, *RUN, "--fresh")
+    assert done.exit_code == 0, done.output
+    assert "copying" not in done.stderr
+    assert "going on after" not in done.stderr
+    assert len(list(Path("mine/board").glob("*.json"))) == 2
+    assert lines(place)[1:] != first[1:], "other times"
+    assert not Path("run/profiling-fresh").exists()
+    token = (place / "agent.token").read_text()
+    assert invoke(*PROFILE, *RUN, "--fresh", "-q").exit_code == 0
+    assert (place / "agent.token").read_text() != token
+    refused = invoke(*PROFILE, "--out", "new", "--add-missing", "--threads", "2")
+    assert refused.exit_code == 1
+    assert "no latency table of this environment to add operators to: board, onnxruntime" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_search_for_this_machine_and_one_over_ssh_makes_the_tables_of_both(board: Any) -> None:
+    done = invoke(
+        "search", "--model", "toy", "--device", "cpu:onnxruntime", "--device", "board", "--max-drop", "50", "--evaluations", "4",
+        "--epochs", "1", "--teacher-epochs", "1", "--tables", "mine", *RUN,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    front = load(Path("run/front.json"), records.Front)
+    assert [target.device for target in (front.target, *front.also)] == ["cpu", "board"]
+    assert [device for device, _ in front.absent] == [front.also[0].id]
+    stored = {p.parent.name for p in Path("mine").glob("*/*.json")}
+    assert stored == {"cpu", "board"}
+    assert load(Path("run/tables/board-onnxruntime-t1.json"), LatencyTable).target.device == "board"

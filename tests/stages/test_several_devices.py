@@ -419,7 +419,8 @@ def test_without_a_table_the_command_says_what_makes_one(finished: Path) -> None
     done = invoke("search", "--model", "toy", "--device", INTS, "--device", FAR, "--max-drop", 20, "--out", "run")
     assert (done.exit_code, done.stdout) == (1, "")
     assert f"`{FAR}:fake:1` cannot run here and has no latency table" in done.stderr
-    assert "hint: make one on that device: `nascompile kit export`" in done.stderr
+    command = f"nascompile kit export --model toy --device {FAR}:fake:1 --device {INTS}:fake:1 --out kit.zip"
+    assert f"hint: make one on that device: `{command}`" in done.stderr
     assert not Path("run").exists()
 
 

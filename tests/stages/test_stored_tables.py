@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from nascompile import cli, latency_table, pipeline, plugins, profiler
 from nascompile.errors import TableError
 from nascompile.progress import Silent
-from nascompile.records import LatencyTable, TableRow, load, save
+from nascompile.records import Environment, LatencyTable, TableRow, Workload, load, save
 from nascompile.settings import Recipe
 
 
@@ -65,7 +66,8 @@ def test_operators_that_a_table_lacks_are_added_to_its_rows(
     pipeline.run(quick, Path("again"), until="profile", progress=told)
     assert f"adding 4 of {len(table.rows)} operators to the rows of {few}" in told.notes
     assert next(note for note in told.notes if "to time" in note).startswith(f"2 of {len(table.rows)} operators to time")
-    assert timed == [5, 4, 4, 4, 5, 4, 4, 13], "canary, two rows, one unfinished; canary, two rows, networks; two anchors each"
+    assert timed[:4] == [5, 4, 4, 4], "canary, two rows, one unfinished; two anchors each"
+    assert timed[4:] == [5, 4, 4, 9, 39], "canary, two rows, stacks of different depths, networks"
     made = load(Path("again/table.json"), LatencyTable)
     assert {row.operator for row in made.rows} == {row.operator for row in table.rows}
     assert few.read_bytes() == before, "a table is never edited"
@@ -86,8 +88,98 @@ def test_nothing_is_added_to_rows_of_another_speed(elsewhere: Path, folder: Path
     assert len(load(Path("again/table.json"), LatencyTable).rows) == len(fast.rows)
 
 
+def test_only_adding_refuses_where_there_is_nothing_to_add_to(elsewhere: Path, folder: Path, quick: Recipe) -> None:
+    with pytest.raises(TableError, match="of this environment to add operators to: fake, fake, forward-b1, 1 thread") as none:
+        pipeline.run(quick, Path("again"), until="profile", table="add-missing")
+    assert (none.value.detail, "leave --add-missing out" in none.value.hint) == ("", True)
+
+    table = load(folder / "run" / "table.json", LatencyTable)
+    must_match = tuple((name, "older" if name == "lowering" else value) for name, value in table.environment.must_match)
+    old = latency_table.store(msgspec.structs.replace(table, environment=Environment(must_match=must_match)))
+    batch = msgspec.structs.replace(table.target, workload=Workload(batch=8))
+    other = latency_table.store(msgspec.structs.replace(table, target=batch))
+    with pytest.raises(TableError, match="to add operators to") as refused:
+        pipeline.run(quick, Path("again"), until="profile", table="add-missing")
+    assert f"{old}: made with other lowering" in refused.value.detail
+    assert f"{other}: made for another workload" in refused.value.detail
+
+    few = latency_table.store(msgspec.structs.replace(table, rows=table.rows[4:]))
+    told = Told()
+    pipeline.run(quick, Path("again"), until="profile", table="add-missing", progress=told)
+    assert f"adding 4 of {len(table.rows)} operators to the rows of {few}" in told.notes
+    assert {row.operator for row in load(Path("again/table.json"), LatencyTable).rows} == {row.operator for row in table.rows}
+    told.notes.clear()
+    pipeline.run(quick, Path("third"), until="profile", table="add-missing", progress=told)
+    assert any(note.startswith("using the latency table") for note in told.notes), "nothing is missing any more"
+
+
+def test_a_fresh_table_is_made_beside_a_stale_one_and_found_from_then_on(elsewhere: Path, folder: Path, quick: Recipe) -> None:
+    """What the canary's hint says; the stale one has the smaller error and would otherwise be found again."""
+    fast = msgspec.structs.replace(load(folder / "fast.json", LatencyTable), relative_error=latency_table.FLOOR)
+    stale = latency_table.store(fast)
+    os.utime(stale, (1e9, 1e9))
+    with pytest.raises(TableError, match="not as fast") as caught:
+        pipeline.run(quick, Path("run"), until="profile")
+    assert "`nascompile profile --fresh` with the same settings" in caught.value.hint
+    done = invoke("profile", "--out", "run", "--fresh", "-q")
+    assert done.exit_code == 0, done.output
+    made = load(Path("run/table.json"), LatencyTable)
+    assert len(list(stale.parent.glob("*.json"))) == 2
+    told = Told()
+    for place in (Path("run"), Path("other")):
+        pipeline.run(quick, place, until="profile", progress=told)
+    assert told.notes.count("done before, nothing to do") == 2, "data and the profile of the first folder"
+    assert load(Path("other/table.json"), LatencyTable) == made
+    assert not Path("run/profiling-fresh").exists()
+
+
+def test_a_finished_profile_is_done_again_where_a_fresh_one_is_asked_for(
+    elsewhere: Path, quick: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted, it goes on with what it timed itself, and with nothing that was timed before it."""
+    monkeypatch.setattr(profiler, "BATCH_ROWS", 1)
+    device, timed = plugins.get("devices", "fake"), []
+    time, stop = type(device).time, [3]
+
+    def counted(self: Any, jobs: Any, **options: Any) -> Any:
+        timed.append(len(jobs))
+        if len(timed) == stop[0]:
+            raise KeyboardInterrupt
+        return time(self, jobs, **options)
+
+    monkeypatch.setattr(type(device), "time", counted)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(quick, Path("run"), until="profile")
+    began, stop[0] = len(timed), len(timed) + 4
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(quick, Path("run"), until="profile", table="fresh")
+    stop[0] = 0
+    told = Told()
+    pipeline.run(quick, Path("run"), until="profile", table="fresh", progress=told)
+    total = len(load(Path("run/table.json"), LatencyTable).rows)
+    (note,) = [note for note in told.notes if "to time" in note]
+    left = int(note.split()[0])
+    assert 0 < left < total, "what the interrupted fresh profile had timed is not timed again"
+    assert began == 3, "the first profile had timed something too"
+    pipeline.run(quick, Path("run"), until="profile", table="fresh", progress=told)
+    assert [note for note in told.notes if "to time" in note][-1].startswith(f"{total} of {total} operators")
+
+
+def test_flags_that_contradict_each_other_are_refused(elsewhere: Path, folder: Path) -> None:
+    both = invoke("profile", "--model", "toy", "--device", "fake", "--fresh", "--add-missing", "--out", "run")
+    assert (both.exit_code, "exclude" in both.stderr) == (2, True)
+    one = invoke("profile", "--model", "toy", "--device", "fake", "--fresh", "--tables", folder / "fast.json", "--out", "run")
+    assert one.exit_code == 1
+    assert "--fresh makes a new latency table, and --tables names the one to use" in one.stderr
+    assert not Path("run").exists()
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments], prog_name="nascompile")
+
+
 def validate(*arguments: object) -> Any:
-    return CliRunner().invoke(cli.app, ["table", "validate", *map(str, arguments), "--canary"], prog_name="nascompile")
+    return invoke("table", "validate", *arguments, "--canary")
 
 
 @pytest.mark.parametrize("source", [("--run", "run"), ("--model", "toy")])

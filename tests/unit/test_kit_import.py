@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import zipfile
 from pathlib import Path
@@ -223,6 +224,65 @@ def test_a_kit_of_another_lowering_is_refused(good, exported, tmp_path, monkeypa
     monkeypatch.setattr(latency_table, "lowering_digest", lambda: "f" * 16)
     with pytest.raises(TableError, match="not those that this version makes"):
         imported(good, exported, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- manifests that came back
+
+
+@pytest.fixture
+def changed(good, exported, tmp_path):
+    """changed(edit): importing the results with a manifest that somebody has edited, both fitting together."""
+
+    def run(edit):
+        body = json.loads((exported / "manifest.json").read_bytes())
+        edit(body["data"])
+        (tmp_path / "kit").mkdir()
+        (tmp_path / "kit" / "manifest.json").write_text(json.dumps(body))
+        good["data"]["kit"] = kit.kit_digest((tmp_path / "kit" / "manifest.json").read_bytes())
+        return imported(good, tmp_path / "kit", tmp_path)
+
+    return run
+
+
+def wide(data):
+    for gene in data["space"]["genes"]:
+        if gene["kind"] == "architecture" and gene["name"] != "depth":
+            gene["choices"] = list(range(1, gene["choices"][-1] + 1))
+
+
+HOSTILE = {
+    "layers": (lambda d: d["config"].update(layers=10**9), r"'layers' = 1,000,000,000: at most 64"),
+    "labels": (lambda d: d["config"].update(num_labels=10**12), r"'num_labels' = 1,000,000,000,000: at most 1,048,576"),
+    "choices": (wide, r"its genes name 524,352 operators: at most 20,000"),
+    "networks": (lambda d: d.update(networks=10**9), r"calibrated and validated by 1,000,000,000 whole networks: at most 100"),
+    "precision": (lambda d: d["space"]["precisions"][0]["weights"].update(bits=2), "precision 'fp32': none of this version"),
+    "gene": (lambda d: d["space"]["genes"][1].update(name="layers.9.width"), "'layers.9.width': no architecture gene of the model"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_manifest_that_names_too_much_is_refused_before_anything_is_expanded(name, changed, monkeypatch):
+    def expanded(*_):
+        raise AssertionError("the space was expanded")
+
+    for function in ("operators", "graph"):
+        monkeypatch.setattr(network, function, expanded)
+    edit, says = HOSTILE[name]
+    with pytest.raises(RecordError) as caught:
+        changed(edit)
+    assert re.search(says, caught.value.detail)
+    assert "your own copy of the kit with --kit" in caught.value.hint
+
+
+@pytest.mark.parametrize("value", ["wide", None, [1], {}])
+def test_a_configuration_that_no_model_can_be_made_of_is_an_error_that_says_so(value, changed):
+    with pytest.raises(RecordError, match="does not fit together") as caught:
+        changed(lambda data: data["config"].update(hidden=value))
+    assert "export the kit again" in caught.value.hint
+
+
+def test_an_unchanged_manifest_is_taken(changed):
+    assert changed(lambda data: None).rows
 
 
 # ---------------------------------------------------------------------------------------------- where results are

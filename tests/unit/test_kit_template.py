@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -118,3 +119,22 @@ def test_a_graph_comes_back_whole_with_weights_like_those_it_had(tmp_path, monke
 @pytest.mark.parametrize(("text", "want"), [("1.31.1", (1, 31)), ("2026.0.0-20965-c6d6a13a886-releases", (2026, 0)), ("2.1rc1", (2,))])
 def test_versions_are_compared_by_their_leading_numbers(text, want):
     assert kit_template.numbers(text) == want
+
+
+def test_the_version_is_that_of_the_package_that_is_imported(tmp_path, monkeypatch):
+    """onnxruntime and onnxruntime-gpu are one module; installed in two folders, the first one's is what runs."""
+    for place, package, number in (("first", "onnxruntime-gpu", "9.1"), ("second", "onnxruntime", "9.0")):
+        (tmp_path / place / "onnxruntime").mkdir(parents=True)
+        (tmp_path / place / "onnxruntime" / "__init__.py").write_text("")
+        info = tmp_path / place / f"{package.replace('-', '_')}-{number}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {number}\n")
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    for order, number in ((("first", "second"), "9.1"), (("second", "first"), "9.0")):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "path", [str(tmp_path / place) for place in order])
+            importlib.invalidate_caches()
+            assert kit_template.package_version("onnxruntime") == number
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "path", [])
+        assert kit_template.package_version("onnxruntime") == ""

@@ -185,6 +185,12 @@ def test_merge_keeps_the_quieter_row_and_bakes_the_scale_in():
     assert {row.operator: row.latency.value for row in merged.rows} == {MLP: 2.0, MLP8: 0.5}
     assert (merged.scale, merged.relative_error, merged.call.value) == (1.0, 0.05, 0.3)
     assert latency_table.predict(merged, graph(MLP)).value == pytest.approx(2.3)
+    assert merged.environment.must_match == HERE.must_match
+    parts = f"{records.digest(a)[:8]} {records.digest(b)[:8]}"
+    assert merged.environment.recorded == (*HERE.recorded, (latency_table.MERGED, parts))
+    again = latency_table.merge(merged, b)
+    assert dict(again.environment.recorded)[latency_table.MERGED].split()[0] == records.digest(merged)[:8]
+    assert len(again.environment.recorded) == len(merged.environment.recorded)
     with pytest.raises(TableError, match="other cpu"):
         latency_table.merge(a, table({}, environment=Environment(must_match=(("cpu", "B"), ("threads", 2)))))
     with pytest.raises(TableError, match="two targets"):

@@ -27,7 +27,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "several", "fronts",
     ),
     "stages": ("profiler", "finetune", "search", "build", "measure", "rerank", "report"),
-    "kits": ("kit", "kit_import", "remote"),
+    "kits": ("kit", "kit_import", "kit_limits", "remote", "remote_device"),
     "pipeline": ("pipeline",),
     "surface": ("api", "terminal", "cli", "__main__"),
 }

@@ -13,7 +13,7 @@ import pandas
 import pytest
 from rich.console import Console
 
-from nascompile import table_view
+from nascompile import latency_table, records, table_view
 from nascompile.errors import TableError
 from nascompile.records import FLOAT32, INT8, Environment, LatencyTable, Operator, Quantity, TableRow, Target, Workload
 
@@ -61,6 +61,11 @@ def test_a_person_sees_what_the_table_is_worth():
         assert part in text
     assert "isa: avx2 vnni" in text
     assert "recorded: load 0.5" in text
+    assert "as the merged tables predicted them" not in text
+    merged = latency_table.merge(ONE, table({MLPS[0]: 2.0}))
+    text = " ".join("\n".join(table_view.headline(merged)).split())
+    assert "0 whole networks, as the merged tables predicted them" in text
+    assert f"merged {records.digest(ONE)[:8]} " in text
 
 
 def test_rows_are_grouped_by_kind_with_what_differs_as_columns():

@@ -160,7 +160,8 @@ def isolated(case: Case, table: LatencyTable) -> list[float]:
         jobs = [case.bench.operator(row.operator, 1, Path(scratch)) for row in table.rows]
         before = _pace(case, table)
         found = [case.device.time([job], seconds=profiler.ROW_SECONDS / 2, seed=0)[0].value for job in jobs]
-        return [ms * (before + _pace(case, table)) / 2 for ms in found]
+        pace = (before + _pace(case, table)) / 2
+        return [ms * pace for ms in found]
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,8 @@ def profiled(case: Case, table: LatencyTable) -> list[float]:
         with tempfile.TemporaryDirectory(dir=case.folder) as scratch:
             copies = case.bench.copies(row.operator)
             found.append(_profile(case, row.operator, copies, Path(scratch)) / copies)
-    return [ms * (before + _pace(case, table)) / 2 for ms in found]
+    pace = (before + _pace(case, table)) / 2
+    return [ms * pace for ms in found]
 
 
 def _profile(case: Case, operator: Any, copies: int, scratch: Path) -> float:
@@ -422,8 +424,10 @@ def _kept(path: Path, fresh: bool, make: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
-def run_model(case: Case, precisions: Sequence[str], count: int, seconds: float, fresh: bool) -> list[dict[str, Any]]:
-    """The rows of one model's cells."""
+def run_model(
+    case: Case, precisions: Sequence[str], count: int, seconds: float, fresh: bool, without: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The rows of one model's cells; `without`: ways of timing operators that are left out."""
     began = time.monotonic()
 
     def said(what: str) -> None:
@@ -432,8 +436,10 @@ def run_model(case: Case, precisions: Sequence[str], count: int, seconds: float,
     table = table_of(case, fresh)
     said(f"table of {len(table.rows)} rows, ± {100 * table.relative_error:.1f} %, scale {table.scale:.3f}")
     of_table = digest(table)[:8]
-    rows = {"isolated": _kept(case.folder / f"isolated-{of_table}.json", fresh, lambda: isolated(case, table))}
-    if case.backend_name == "onnxruntime":
+    rows = {}
+    if "isolated" not in without:
+        rows["isolated"] = _kept(case.folder / f"isolated-{of_table}.json", fresh, lambda: isolated(case, table))
+    if "profiler" not in without and case.backend_name == "onnxruntime":
         rows["profiler"] = _kept(case.folder / f"profiler-{of_table}.json", fresh, lambda: profiled(case, table))
     said("operators alone and profiled")
     amount = len(table.rows) + len(table.calibration)
@@ -462,6 +468,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--networks", type=int, default=0, help="fresh networks of a cell; 0: 40 of small models, 20 of base ones")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of timing per network")
+    parser.add_argument("--without", nargs="+", choices=("isolated", "profiler"), default=(), help="ways that take long for large models")
     parser.add_argument("--cache", type=Path, default=Path(".cache/table_accuracy"))
     parser.add_argument("--resume", action="store_true", help="the default: do not time again what has not changed")
     parser.add_argument("--fresh", action="store_true", help="time everything again")
@@ -475,7 +482,8 @@ def main() -> None:
     rows = []
     for model, precisions in wanted.items():
         case = Case(model, given.backend, given.threads, given.cache)
-        rows += run_model(case, precisions, given.networks or MODELS.get(model, (None, 0, 8))[2], given.seconds, given.fresh)
+        count = given.networks or MODELS.get(model, (None, 0, 8))[2]
+        rows += run_model(case, precisions, count, given.seconds, given.fresh, given.without)
     device = plugins.get("devices", targets.LOCAL).describe()
     versions = dict(plugins.get("backends", given.backend).versions())
     content = {
