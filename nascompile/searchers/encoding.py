@@ -24,7 +24,6 @@ class Encoding:
             [(position[name], sum(int(value) < least for value in self.genes[position[name]].choices)) for name, least in gene.requires]
             for gene in self.genes
         ]
-        self._decoded: dict[bytes, Candidate] = {}
 
     def active(self, indices: Array) -> Array:
         """(n, positions) bool: which positions have any effect."""
@@ -60,8 +59,5 @@ class Encoding:
         return self.canonical(np.array(rows, dtype=np.int64).reshape(len(rows), len(self.sizes)))
 
     def decode(self, row: Array) -> Candidate:
-        """The candidate of a row, remembered."""
-        key = np.asarray(row, dtype=np.int64).tobytes()
-        if key not in self._decoded:
-            self._decoded[key] = spaces.decode(self.space, tuple(int(index) for index in row))
-        return self._decoded[key]
+        """The candidate of a row."""
+        return spaces.decode(self.space, tuple(int(index) for index in row))
