@@ -27,6 +27,8 @@ SMALL = 20_000
 """Spaces of so many candidates are looked at whole."""
 POOL, ROUNDS, PARENTS = 512, 8, 96
 """Elsewhere: candidates of a generation, generations, and how many of the best are parents of the next."""
+PROMISING = 512
+"""Of those, so many of the highest worth can be part of a batch: what is believed makes no other candidate worth more."""
 NODES = 512
 """Points that stand for the space of three and more objectives."""
 TRIES = 200
@@ -85,7 +87,7 @@ class EhviRun:
     # ------------------------------------------------------------------------------------------ proposals
 
     def _design(self) -> list[Array]:
-        """The extremes, then candidates of every size between them, at random."""
+        """Extremes, then candidates of every size between them, at random; those within the budgets first, given ones if they are few."""
         cheap = np.array([0 if g.kind == "architecture" else len(g.choices) - 1 for g in self.encoding.genes], dtype=np.int64)
         uniform = np.where([g.kind == "architecture" for g in self.encoding.genes], self.blocks.top, self.encoding.sizes - 1)
         found = [*self.given[:2], self.encoding.canonical(uniform[None])[0], self.encoding.canonical(cheap[None])[0]]
@@ -94,6 +96,7 @@ class EhviRun:
             middle = self.rng.integers(0, self.encoding.sizes)
             row = np.where(self.rng.random(len(up)) < 0.3, middle, np.where(up, uniform, cheap))
             found.append(self.encoding.canonical(row[None])[0])
+        found += list(self.given[2:])
         order = np.argsort(self.blocks.over(np.array(found)), kind="stable")
         return [found[i] for i in order]
 
@@ -108,6 +111,8 @@ class EhviRun:
         if not len(rows):
             return []
         mean, deviation, known = *model.process.predict(rows), self.blocks.prices(rows)
+        few = np.argsort(-model.worth(mean, deviation, known), kind="stable")[:PROMISING]
+        rows, mean, deviation, known = rows[few], mean[few], deviation[few], known[few]
         chosen: list[int] = []
         for _ in range(min(BATCH, len(rows))):
             worth = model.worth(mean, deviation, known)

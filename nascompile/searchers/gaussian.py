@@ -63,7 +63,7 @@ class Process:
     def _fit(self, starts: Sequence[Any]) -> Array:
         best = None
         for start in starts:
-            found = minimize(self._loss, np.array(start), method="L-BFGS-B", options={"maxiter": 40}, bounds=[(-7.0, 4.0)] * len(start))
+            found = minimize(self._loss, np.array(start), method="L-BFGS-B", options={"maxiter": 25}, bounds=[(-7.0, 4.0)] * len(start))
             if best is None or found.fun < best.fun:
                 best = found
         assert best is not None

@@ -34,7 +34,6 @@ class MipRun:
         self.asked: dict[bytes, None] = {}
         self.waiting = [*self.first[:2], *self._ablations()]
         self.left = list(RUNGS)
-        self.measured = 0
 
     def _ablations(self) -> list[Array]:
         """The largest network of every combination of root genes, and the whole network with one block changed."""
