@@ -13,14 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from pymoo.algorithms.moo.nsga2 import NSGA2
-from pymoo.core.problem import Problem as Vectors
-from pymoo.core.repair import Repair
-from pymoo.operators.crossover.sbx import SBX
-from pymoo.operators.mutation.pm import PM
-from pymoo.operators.repair.rounding import RoundingRepair
-from pymoo.operators.sampling.rnd import IntegerRandomSampling
-from pymoo.optimize import minimize
+from pymoo.operators.survival.rank_and_crowding.metrics import calc_crowding_distance
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Ridge
@@ -30,6 +23,7 @@ from nascompile import space as spaces
 from nascompile.records import Candidate
 from nascompile.searchers import Problem
 from nascompile.searchers.blocks import Blocks
+from nascompile.searchers.breeding import breed
 from nascompile.searchers.encoding import Array, Encoding
 
 GENERATIONS, BREEDING, CROSSOVER, MUTATION = 400, 50, 0.9, 0.02
@@ -47,7 +41,7 @@ class LinasRun:
     """Whether what costs nothing to know is taken from the problem instead of predicted."""
 
     def __init__(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> None:
-        self.problem, self.population, self.seed = problem, population, seed
+        self.problem, self.population = problem, population
         self.encoding, self.rng = Encoding(problem.space), np.random.default_rng(seed)
         self.blocks = Blocks(problem, self.encoding)
         self.first = self.encoding.encode(first)
@@ -81,19 +75,12 @@ class LinasRun:
     def _promising(self) -> Array:
         """The last generation bred on the predictors, then everything else it saw, the least dominated first."""
         objectives, violations = self._predictors()
-        search = _Predicted(self.encoding, objectives, violations)
+        search = _Predicted(objectives, violations)
         if spaces.size(self.problem.space) <= WHOLE:
-            search.evaluate(self.encoding.everything())
-            return search.best(self.population, self.asked)
-        minimize(
-            search, NSGA2(
-                pop_size=BREEDING, sampling=IntegerRandomSampling(), eliminate_duplicates=True,
-                crossover=SBX(prob=CROSSOVER, eta=CROSSOVER_ETA, vtype=float, repair=_Canonical(self.encoding)),
-                mutation=PM(prob=MUTATION, eta=MUTATION_ETA, vtype=float, repair=_Canonical(self.encoding)),
-            ),
-            ("n_gen", GENERATIONS), seed=int(self.rng.integers(2**31)), verbose=False,
-        )  # fmt: skip
-        return search.best(self.population, self.asked)
+            search(self.encoding.everything())
+        else:
+            breed(self.encoding, search, BREEDING, GENERATIONS, CROSSOVER, CROSSOVER_ETA, MUTATION, MUTATION_ETA, self.rng)
+        return search.best(self.population, self.asked, len(self.encoding.sizes))
 
     def _predictors(self) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
         """(rows ▸ objectives (n, m), rows ▸ violations (n,)), fitted to what was told."""
@@ -147,28 +134,25 @@ def _error(model: Any, features: Array, values: Array) -> float:
     return float(np.mean(errors))
 
 
-class _Predicted(Vectors):  # type: ignore[misc]
-    """Predicted objectives of whole generations; remembers all it was asked."""
+class _Predicted:
+    """Predictions of whole generations; remembers all it was asked."""
 
-    def __init__(self, encoding: Encoding, objectives: Callable[[Array], Array], violations: Callable[[Array], Array]) -> None:
-        self.encoding, self.objectives, self.violations = encoding, objectives, violations
+    def __init__(self, objectives: Callable[[Array], Array], violations: Callable[[Array], Array]) -> None:
+        self.objectives, self.violations = objectives, violations
         self.seen: dict[bytes, tuple[Array, Array, float]] = {}
-        self.last: list[bytes] = []
-        count = objectives(np.zeros((1, len(encoding.sizes)), dtype=np.int64)).shape[1]
-        super().__init__(n_var=len(encoding.sizes), n_obj=count, n_ieq_constr=1, xl=0, xu=encoding.sizes - 1, vtype=int)
 
-    def _evaluate(self, x: Any, out: Any, *args: Any, **kwargs: Any) -> None:
-        rows = self.encoding.canonical(np.asarray(x, dtype=np.int64))
+    def __call__(self, rows: Array) -> tuple[Array, Array]:
+        """Objectives (n, m) and violations (n,)."""
         objectives, violations = self.objectives(rows), self.violations(rows)
         for row, values, over in zip(rows, objectives, violations, strict=True):
             self.seen[row.tobytes()] = row, values, float(over)
-        out["F"], out["G"] = objectives, violations[:, None]
+        return objectives, violations
 
-    def best(self, count: int, known: dict[bytes, None]) -> Array:
-        """Rows of the least dominated predictions within the budgets that are not `known`, about `count` of them."""
+    def best(self, count: int, known: dict[bytes, None], width: int) -> Array:
+        """Rows (about count, width) of the least dominated predictions within the budgets that are not `known`."""
         found = [entry for key, entry in self.seen.items() if key not in known]
         if not found:
-            return np.empty((0, self.n_var), dtype=np.int64)
+            return np.empty((0, width), dtype=np.int64)
         rows, values, over = (np.array([entry[i] for entry in found]) for i in range(3))
         order: list[int] = []
         for level in sorted(set(np.minimum(over, 1e-9))):  # those within the budgets first
@@ -182,21 +166,8 @@ class _Predicted(Vectors):  # type: ignore[misc]
 
 def _spread(layer: Array, values: Array) -> list[int]:
     """A layer's members, those of the least crowded places first (Deb et al. 2002)."""
-    from pymoo.operators.survival.rank_and_crowding.metrics import calc_crowding_distance
-
     distance = calc_crowding_distance(values[layer])
     return [int(i) for i in layer[np.argsort(-distance, kind="stable")]]
-
-
-class _Canonical(Repair):  # type: ignore[misc]
-    """Whole numbers, inactive positions 0: equal networks are duplicates."""
-
-    def __init__(self, encoding: Encoding) -> None:
-        super().__init__()
-        self.encoding = encoding
-
-    def _do(self, problem: Any, X: Any, **kwargs: Any) -> Any:
-        return self.encoding.canonical(np.asarray(RoundingRepair()._do(problem, X, **kwargs), dtype=np.int64))
 
 
 class Linas:

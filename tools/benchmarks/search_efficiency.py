@@ -240,8 +240,12 @@ def curve(found: Search, reference: tuple[float, float]) -> np.ndarray[Any, Any]
 # ---------------------------------------------------------------------------------------------- all of them
 
 
-KIN = {"linas": ("encoding", "blocks"), "linas-table": ("linas", "encoding", "blocks"), "mip": ("encoding", "blocks"),
-       "ehvi": ("encoding", "blocks", "gaussian")}  # fmt: skip
+KIN = {
+    "linas": ("breeding", "encoding", "blocks"),
+    "linas-table": ("linas", "breeding", "encoding", "blocks"),
+    "mip": ("encoding", "blocks"),
+    "ehvi": ("encoding", "blocks", "gaussian"),
+}
 """Searcher ▸ modules beside it that its behaviour depends on."""
 
 
