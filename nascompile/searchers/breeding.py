@@ -62,16 +62,18 @@ def _fresh(rows: Array, seen: set[bytes]) -> Array:
 
 def _survivors(objectives: Array, violations: Array, count: int) -> tuple[Array, Array]:
     """(indices of the best, their crowding distances): by rank, the last rank by crowding; what violates follows, by how much."""
-    fine, kept, crowding = np.flatnonzero(violations <= 0), [], []
+    fine = np.flatnonzero(violations <= 0)
+    kept: list[Array] = []
+    crowding: list[Array] = []
     if len(fine):
         for layer in NonDominatedSorting().do(objectives[fine], n_stop_if_ranked=count):
             distance = calc_crowding_distance(objectives[fine[layer]])
-            room = count - sum(map(len, kept))
+            room = count - sum(len(found) for found in kept)
             order = np.argsort(-distance, kind="stable")[:room] if len(layer) > room else np.arange(len(layer))
             kept.append(fine[layer][order])
             crowding.append(distance[order])
     rest = np.flatnonzero(violations > 0)
-    rest = rest[np.argsort(violations[rest], kind="stable")][: count - sum(map(len, kept))]
+    rest = rest[np.argsort(violations[rest], kind="stable")][: count - sum(len(found) for found in kept)]
     return np.concatenate([*kept, rest]).astype(np.int64), np.concatenate([*crowding, np.zeros(len(rest))])
 
 
@@ -116,4 +118,4 @@ def _mutated(rows: Array, top: Array, share: float, eta: float, rng: np.random.G
     up = 1 - (2 * (1 - chance) + 2 * (chance - 0.5) * place ** (eta + 1)) ** (1 / (eta + 1))
     with np.errstate(invalid="ignore"):
         moved = rows + np.where(chance < 0.5, down, up) * top
-    return np.clip(np.rint(np.where(hit, moved, rows)), 0, top).astype(np.int64)
+    return np.asarray(np.clip(np.rint(np.where(hit, moved, rows)), 0, top), dtype=np.int64)
