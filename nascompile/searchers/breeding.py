@@ -107,7 +107,7 @@ def _crossed(parents: Array, top: Array, share: float, eta: float, rng: np.rando
     swapped = rng.random(shape) < 0.5
     one = np.where(hit, np.where(swapped, second, first), parents[0])
     other = np.where(hit, np.where(swapped, first, second), parents[1])
-    return np.clip(np.rint(np.concatenate([one, other])), 0, top).astype(np.int64)
+    return np.asarray(np.clip(np.rint(np.concatenate([one, other])), 0, top), dtype=np.int64)
 
 
 def _mutated(rows: Array, top: Array, share: float, eta: float, rng: np.random.Generator) -> Array:
