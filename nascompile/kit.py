@@ -111,7 +111,7 @@ class KitWindow(Record, frozen=True):
     seed: int
     min_samples: int
     again_seconds: float = 0.0
-    """Seconds per graph of a second timing of the noisy ones, whose seed is one more; 0: there is none."""
+    """Seconds per graph of a second timing of a window that was disturbed, whose seed is one more; 0: there is none."""
 
 
 class KitMethod(Record, frozen=True):
@@ -126,6 +126,7 @@ class KitMethod(Record, frozen=True):
     cap: float = interleave.CAP
     levels: tuple[float, ...] = interleave.LEVELS
     noisy: float = profiler.NOISY
+    disturbed: float = profiler.DISTURBED
 
 
 class KitManifest(Record, frozen=True):
@@ -308,7 +309,7 @@ class _Rehearsal:
     def time(self, jobs: Sequence[Job], *, seconds: float, seed: int, min_samples: int = 30) -> tuple[Quantity, ...]:
         names = tuple(job.name for job in jobs if job.name != REFERENCE)
         last = self.windows[-1] if self.windows else None
-        if last and last.reference and len(names) == len(jobs) and set(names) <= set(last.graphs):
+        if last and last.reference and set(names) == set(last.graphs) and seed == last.seed + 1:
             again = KitWindow(
                 graphs=last.graphs, reference=True, seconds=last.seconds, seed=last.seed, min_samples=last.min_samples,
                 again_seconds=seconds / len(names),

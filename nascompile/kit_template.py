@@ -192,18 +192,17 @@ def measure(kit: Kit, emulated: bool) -> int:
 
 
 def timed_window(kit: Kit, window: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Graph ▸ timing, the reference among them; and the same for those that were noisy, from a second timing."""
+    """Graph ▸ timing, the reference among them; and the same from a second timing if the first was disturbed."""
     with tempfile.TemporaryDirectory() as scratch:
         calls = {name: load(kit, name, Path(scratch)) for name in window["graphs"]}
         if window["reference"]:
             calls = {"reference": reference(kit, Path(scratch)), **calls}
         first = interleaved(kit, calls, window["seconds"], window["seed"], window["min_samples"])
-        noisy = [name for name in window["graphs"] if window["again_seconds"] and noise(first[name]) > kit.data["method"]["noisy"]]
-        if not noisy:
+        noisy = sum(noise(timing) > kit.data["method"]["noisy"] for timing in first.values())
+        if not window["again_seconds"] or noisy <= kit.data["method"]["disturbed"] * len(first):
             return first, {}
-        seconds = window["again_seconds"] * len(noisy)
-        again = interleaved(kit, {name: calls[name] for name in noisy}, seconds, window["seed"] + 1, window["min_samples"])
-        return first, again
+        seconds = window["again_seconds"] * len(window["graphs"])
+        return first, interleaved(kit, calls, seconds, window["seed"] + 1, window["min_samples"])
 
 
 def reference(kit: Kit, scratch: Path) -> Any:

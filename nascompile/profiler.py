@@ -66,8 +66,9 @@ BATCH_ROWS, BATCH_BYTES = 32, 2**30
 """Most rows, and most bytes of graph files, that are loaded at once."""
 LOADED_BYTES = 3 * 2**30
 """Of float32 weights of whole networks that take turns."""
-NOISY = 0.1
-"""A row whose median lies further above its tenth percentile than this fraction is timed once more, and flagged if it stays so."""
+NOISY, DISTURBED = 0.1, 0.25
+"""A row is flagged whose median lies further above its tenth percentile than this fraction, and a window timed once more in which more than
+this part of the jobs is noisy."""
 ANCHORS = 6
 """Operators at most that are timed in every window."""
 LEAST_QUIET = 3
@@ -290,11 +291,12 @@ def _time_rows(
             progress.step("building operators", number, len(lacking))
             jobs.append(bench.operator(operator, bench.copies(operator), scratch))
         progress.step(label, done, len(lacking))
-        found = device.time([device.reference(), *jobs], seconds=seconds * len(jobs), seed=bench.seed)
+        every, length = [device.reference(), *jobs], seconds * len(jobs)
+        found = device.time(every, seconds=length, seed=bench.seed)
+        found = quieter(device, every, found, seconds=length, seed=bench.seed)
         references.append(found[0].value)
         pace = anchors.pace(found[1:], references[0] / references[-1])
-        latencies = _quieter(device, jobs, found[1:], seconds, bench.seed)
-        for operator, latency in [(o, q) for o, q in zip(operators, latencies, strict=True) if o not in known]:
+        for operator, latency in [(o, q) for o, q in zip(operators, found[1:], strict=True) if o not in known]:
             row = rescaled(latency, pace / bench.copies(operator), less=known[CALL].latency.value / pace)
             noisy = latency_table.noise(latency) > NOISY
             _record(TableRow(operator=operator, latency=row, noisy=noisy, footprint=bench.footprint(operator)), known, part)
@@ -342,15 +344,22 @@ class Anchors:
         return math.exp(sum(logs) / max(1, len(logs)))
 
 
-def _quieter(device: Device, jobs: Sequence[Job], found: Sequence[Quantity], seconds: float, seed: int) -> list[Quantity]:
-    """Noisy latencies replaced by a second timing where that was lower: other users of the machine only ever add time."""
-    latencies = list(found)
-    again = [i for i, latency in enumerate(latencies) if latency_table.noise(latency) > NOISY]
-    if again:
-        second = device.time([jobs[i] for i in again], seconds=seconds * len(again), seed=seed + 1)
-        for i, latency in zip(again, second, strict=True):
-            latencies[i] = min(latencies[i], latency, key=lambda q: (q.value, latency_table.noise(q)))
-    return latencies
+def quieter(
+    device: Device, jobs: Sequence[Job], found: tuple[Quantity, ...], *, seconds: float, seed: int, min_samples: int = 30
+) -> tuple[Quantity, ...]:
+    """A window's quantities or, where it was disturbed, those of a second one with the same jobs if that was quieter.
+
+    Whole windows, since what else is timed in one says how fast the machine was then.
+    """
+    if not disturbed(found):
+        return found
+    second = device.time(jobs, seconds=seconds, seed=seed + 1, min_samples=min_samples)
+    return min(found, second, key=lambda window: float(np.median([latency_table.noise(q) for q in window])))
+
+
+def disturbed(found: Sequence[Quantity]) -> bool:
+    """Whether so many jobs of a window are noisy that other users of the machine must be the reason."""
+    return sum(latency_table.noise(q) > NOISY for q in found) > DISTURBED * len(found)
 
 
 def _time_call(bench: Bench, device: Device, scratch: Path, seconds: float) -> Quantity:
@@ -461,12 +470,12 @@ def _validate(
                 progress.step("building whole networks", done, len(picked))
                 jobs.append(bench.network(candidate, Path(folder)))
             progress.step("timing whole networks", start, len(picked))
-            every = [device.reference(), *anchors.jobs, *jobs]
-            reference, *beside = device.time(every, seconds=seconds * (len(every) - 1), seed=bench.seed, min_samples=NETWORK_SAMPLES)
-            references.append(reference.value)
-            pace = anchors.pace(beside, references[0] / references[-1])
-            quiet = _quieter(device, jobs, beside[len(anchors.operators) :], seconds, bench.seed)
-            found += [rescaled(latency, pace) for latency in quiet]
+            every, length = [device.reference(), *anchors.jobs, *jobs], seconds * (len(anchors.jobs) + len(jobs))
+            timed = device.time(every, seconds=length, seed=bench.seed, min_samples=NETWORK_SAMPLES)
+            timed = quieter(device, every, timed, seconds=length, seed=bench.seed, min_samples=NETWORK_SAMPLES)
+            references.append(timed[0].value)
+            pace = anchors.pace(timed[1:], references[0] / references[-1])
+            found += [rescaled(latency, pace) for latency in timed[1 + len(anchors.jobs) :]]
     progress.step("timing whole networks", len(picked), len(picked))
     calibration = _residuals(bench, table, picked, found)
     undisturbed = _quiet(calibration)

@@ -300,10 +300,10 @@ def measure(
             jobs = [*anchors.jobs, *(case.bench.network(point, Path(scratch)) for point in part)]
             timed = []
             for seed in range(SEED, SEED + windows):
-                first = case.device.time(jobs, seconds=seconds * len(jobs), seed=seed, min_samples=profiler.NETWORK_SAMPLES)
+                options: dict[str, Any] = {"seconds": seconds * len(jobs), "seed": seed, "min_samples": profiler.NETWORK_SAMPLES}
+                first = profiler.quieter(case.device, jobs, case.device.time(jobs, **options), **options)
                 pace, beside = anchors.pace(first), len(anchors.jobs)
-                quiet = profiler._quieter(case.device, jobs[beside:], first[beside:], seconds, seed)
-                timed.append([[quantity.value, pace] for quantity in quiet])
+                timed.append([[quantity.value, pace] for quantity in first[beside:]])
             found += [list(both) for both in zip(*timed, strict=True)]
     return found
 
