@@ -644,7 +644,9 @@ def kit_export(
     threads: Annotated[int | None, typer.Option("--threads", help="Threads of one engine.", metavar="N", show_default="1")] = None,
     max_length: Annotated[int, typer.Option("--max-length", help="Without RUN: tokens per text.", metavar="N", show_default=False)] = 0,
     labels: Annotated[int, typer.Option("--labels", help="Without RUN: labels of a new head.", metavar="N", show_default=False)] = 0,
-    networks: Annotated[int, typer.Option("--networks", help="Whole networks that calibrate and validate.", metavar="N")] = 10,
+    networks: Annotated[
+        int | None, typer.Option("--networks", help="Whole networks that calibrate and validate.", metavar="N", show_default="as a profile")
+    ] = None,
     seconds: Annotated[float, typer.Option("--seconds", help="Timing in all; 0: 0.4 an operator.", metavar="S")] = 0.0,
     seed: Annotated[int | None, typer.Option("--seed", help="Of everything drawn at random.", metavar="N", show_default="0")] = None,
     as_json: Json = False,
@@ -653,10 +655,11 @@ def kit_export(
     """Write graphs of every operator and a script that times them with NumPy and the runtime alone."""
     import msgspec
 
-    from nascompile import kit, kit_limits, pipeline, records, settings, several, targets
+    from nascompile import kit, kit_limits, pipeline, profiler, records, settings, several, targets
 
     if (run is None) == (not model):
         raise RecipeError("a kit is for one model: name a run folder or a --model", hint="nascompile kit export --model ID --out FOLDER")
+    networks = profiler.NETWORKS if networks is None else networks
     faults = [f"--{name} {value}" for name, value in (("networks", networks), ("max-length", max_length), ("labels", labels)) if value < 0]
     faults += [f"--threads {threads}"] * (threads is not None and threads < 1)
     faults += [f"--seconds {seconds}"] * (not 0 <= seconds < 1e6)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,30 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from nascompile import plugins, space as spaces
+from nascompile.checkpoint import Average, State
 from nascompile.data import Split, class_weights
 from nascompile.errors import RecipeError, RecordError
 from nascompile.families import Family
 from nascompile.families.encoder import quiet
 from nascompile.processes import ALONE, Team
 from nascompile.progress import Progress, Silent
+from nascompile.quantization_aware import Quantized, TrainingQuantizer, first_ranges, quantizer
 from nascompile.recipes import Recipe, StepBatch, Terms
 from nascompile.records import Record, SearchSpace, digest, encode, load, save, write_atomic
 from nascompile.settings import FinetuneSettings
-from nascompile.supernet import Supernet, by_length, importance, layer_order, load_batch, load_batches, reorder
+from nascompile.supernet import (
+    Supernet,
+    by_length,
+    importance,
+    layer_order,
+    load_batch,
+    load_batches,
+    reorder,
+    zero_residuals,
+)
 
 CHECKPOINT_SECONDS = 20.0
 EVALUATION_BATCH = 64
@@ -34,6 +46,8 @@ BUCKET = 32
 IMPORTANCE_SAMPLES = 512
 ORDER_SAMPLES = 512
 EARLY_STOPPING_SAMPLES = 1024
+RANGE_SAMPLES = 256
+"""Of training, for the ranges that quantization-aware training starts with."""
 
 
 class TrainingLog(Record, frozen=True):
@@ -51,6 +65,10 @@ class TrainingLog(Record, frozen=True):
     best: float
     stopped: str
     """`finished`, `no improvement` or `time`."""
+    losses: tuple[tuple[float, float], ...] = ()
+    """(epoch, mean over its steps of the loss that was minimized: the sum over a step's passes)."""
+    quantized_from: float | None = None
+    """Epoch from which training was quantization-aware: scores from there on are of quantized networks, the best is one of them."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +88,10 @@ class Job:
     seed: int
     deadline: float = float("inf")
     teacher: np.ndarray[Any, Any] | None = None
+    aware_epochs: int = 0
+    """Last epochs, which compute with quantized products."""
+    keep_best: bool = True
+    """Whether the weights of the best validation score are kept; else those of the last step."""
 
 
 @dataclass(frozen=True)
@@ -105,26 +127,44 @@ def finetune(plan: Plan, progress: Progress) -> SearchSpace:
     """Write `teacher/`, `supernet/` (and `control/`) under `plan.out`; the space with its layers in order of importance."""
     folder = plan.out / "teacher"
     if not folder.is_dir():
+        torch.manual_seed(plan.seed)  # of a new head
         net = Supernet(plan.family, plan.family.load(str(plan.model), **plan.head))
         logs = {}
         if plan.head:
             logs["training.json"] = _train(plan, "teacher", net, plan.space_of(net.config, ()), progress)
         store_model(net, folder, logs)
     teacher = Supernet(plan.family, plan.family.load(str(folder)))
-    teacher_logits(teacher, plan.train, _logits(plan), progress)
+    if plugins.get("recipes", plan.settings.recipe).distils:
+        teacher_logits(teacher.to(training_device()), plan.train, _logits(plan), progress)
     folder = plan.out / "supernet"
     if not folder.is_dir():
-        net = Supernet(plan.family, plan.family.load(str(plan.out / "teacher")))
-        space = plan.space_of(net.config, ())
-        if plan.settings.importance:
-            progress.note("ordering heads, neurons and layers by importance")
-            space = sort_by_importance(net, lambda order: plan.space_of(net.config, order), plan.train, plan.task)
+        net, space = _untrained(plan, teacher.to(training_device()), progress)
         log = _train(plan, "supernet", net, space, progress)
         store_model(net, folder, {"manifest.json": space, "training.json": log})
     space = load(folder / "manifest.json", SearchSpace)
     if plan.settings.control and not (plan.out / "control").is_dir():
+        teacher = Supernet(plan.family, plan.family.load(str(plan.out / "teacher")))
         store_model(teacher, plan.out / "control", {"training.json": _train(plan, "control", teacher, space, progress)})
     return space
+
+
+def _untrained(plan: Plan, teacher: Supernet, progress: Progress) -> tuple[Supernet, SearchSpace]:
+    """What the super-network's training starts from; pretrained weights are put into the order of the teacher's."""
+    start, family = plan.settings.start, plan.family
+    space = plan.space_of(teacher.config, ())
+    if start == "random":
+        torch.manual_seed(plan.seed)
+        net = Supernet(family, family.create(teacher.config))
+        if plugins.get("recipes", plan.settings.recipe).zeroed_residuals:
+            zero_residuals(net)
+        return net, space
+    torch.manual_seed(plan.seed)  # of a new head
+    net = Supernet(family, family.load(str(plan.model), **plan.head)) if start == "pretrained" else teacher
+    if plan.settings.importance:
+        progress.note("ordering heads, neurons and layers by importance")
+        also = [net.to(training_device())] if net is not teacher else []
+        space = sort_by_importance(teacher, lambda order: plan.space_of(teacher.config, order), plan.train, plan.task, also)
+    return net.to("cpu"), space
 
 
 def assist(plan: Plan, call: bytes) -> None:
@@ -162,6 +202,14 @@ def _train(plan: Plan, name: str, net: Supernet, space: SearchSpace, progress: P
         return train(_job(plan, name, net, space), progress)
 
 
+def training_device() -> torch.device:
+    """The accelerator of this process, else the CPU."""
+    from accelerate import Accelerator
+
+    found: torch.device = Accelerator().device
+    return found
+
+
 def _logits(plan: Plan) -> Path:
     """Where the teacher's outputs are."""
     return _made(plan.out / "training") / "teacher_logits.npy"
@@ -174,21 +222,30 @@ def _made(folder: Path) -> Path:
 
 def _job(plan: Plan, name: str, net: Supernet, space: SearchSpace) -> Job:
     """The training `teacher`, `supernet` or `control`."""
-    s, weights, logits = plan.settings, None, None
+    s, weights, logits, aware = plan.settings, None, None, 0
     if s.class_weights:
         weights = torch.from_numpy(class_weights(plan.train.labels, net.config.num_labels))
     if name == "supernet":
-        recipe, epochs, deadline, logits = s.recipe, s.epochs, plan.deadline, np.load(_logits(plan), allow_pickle=False)
+        recipe, epochs, deadline, aware = s.recipe, s.epochs, plan.deadline, s.quantization_aware_epochs
+        logits = np.load(_logits(plan), allow_pickle=False) if plugins.get("recipes", recipe).distils else None
     elif name == "teacher":
         recipe, epochs, deadline = "plain", s.teacher_epochs, plan.teacher_deadline
     else:  # as many passes as the super-network got
         passes = load(plan.out / "supernet" / "training.json", TrainingLog).samples
         recipe, epochs, deadline = "plain", max(1, round(passes / len(plan.train))), float("inf")
-    terms = Terms(plan.task, weights, s.ce_weight, s.strong_teacher, s.temperature, s.random_subnets)
+    chosen = plugins.get("recipes", recipe)
     return Job(
-        net=net, space=space, recipe=plugins.get("recipes", recipe), terms=terms, settings=s, train=plan.train, validation=plan.validation,
-        metric=plan.metric, epochs=epochs, folder=_made(plan.out / "training" / name), seed=plan.seed, deadline=deadline, teacher=logits,
+        net=net, space=space, recipe=chosen, terms=terms_of(plan.task, chosen, s, weights), settings=s, train=plan.train,
+        validation=plan.validation, metric=plan.metric, epochs=epochs, folder=_made(plan.out / "training" / name), seed=plan.seed,
+        deadline=deadline, teacher=logits, aware_epochs=aware,
     )  # fmt: skip
+
+
+def terms_of(task: Any, recipe: Recipe, settings: FinetuneSettings, class_weights: Any = None) -> Terms:
+    """The settings as recipes know them."""
+    s = settings
+    subnets = s.random_subnets or recipe.random_subnets
+    return Terms(task, class_weights, s.ce_weight, s.strong_teacher, s.temperature, subnets, s.decay_epochs, s.rate_floor)
 
 
 def train(job: Job, progress: Progress) -> TrainingLog:
@@ -207,49 +264,85 @@ def train(job: Job, progress: Progress) -> TrainingLog:
     net = _shared(job.net.to(accelerator.device), accelerator)
     steps_per_epoch = max(1, len(job.train) // job.settings.batch_size)
     total = steps_per_epoch * job.epochs
+    aware_from = total - steps_per_epoch * min(job.aware_epochs, job.epochs)
     optimizer = _optimizer(net, job.settings)
-    schedule = _Schedule(peak_rate(job), total, job.settings.warmup)
-    state = _State.resume(job.folder, net, optimizer)
-    if state is None:
-        state = _State()
-        state.note(0.0, _validate(job, net, accelerator), net, job.folder, accelerator.is_main_process)
+    schedule = _Schedule(job, total, steps_per_epoch)
+    average = Average(net, job.settings.ema_decay) if job.settings.ema_decay else None
+    resumed = State.resume(job.folder, net, optimizer, average)
+    state = resumed or State()
+    aware = quantizer(net, job.space, state.ranges) if state.quantized else None
+
+    def validate(epoch: float) -> None:
+        state.note_loss(epoch)
+        with average.shown(net) if average else nullcontext():
+            score, main = _validate(job, net, accelerator, aware), accelerator.is_main_process
+            state.note(epoch, score, net, job.folder, main, anyway=not job.keep_best)
+
+    if resumed is None and (aware_from or not total):
+        validate(0.0)
     started, saved = time.monotonic() - state.seconds, time.monotonic()
-    stopped = "finished"
+    stopped, shuffled, batches = "finished", -1, []
     while state.step < total:
         epoch, offset = divmod(state.step, steps_per_epoch)
-        batch = _epoch(job.train, job.settings.batch_size, job.seed, epoch)[offset]
+        if epoch != shuffled:
+            shuffled, batches = epoch, _epoch(job.train, job.settings.batch_size, job.seed, epoch)
+        if state.step >= aware_from and aware is None:
+            aware = quantizer(net, job.space, first_ranges(net, job.space, _for_ranges(job, accelerator.device)))
+            state.turn_quantized()
+            validate(float(epoch))
         torch.manual_seed(int(np.random.default_rng([job.seed, state.step, accelerator.process_index]).integers(2**62)))
-        _step(job, net, optimizer, batch, schedule(state.step), state.step, accelerator)
-        state.step += 1
+        state.loss = state.loss + _step(job, net, optimizer, batches[offset], schedule(state.step), state.step, accelerator, aware)
+        state.step, state.taken, state.summed = state.step + 1, state.taken + 1, state.summed + 1
+        if average:
+            average.follow(net, state.taken)
         progress.step(f"{job.folder.name}: epoch {epoch + 1} of {job.epochs}", state.step, total)
         late = bool(_agreed(accelerator, time.monotonic() > job.deadline))
         if state.step % steps_per_epoch == 0 or late:
-            state.note(state.step / steps_per_epoch, _validate(job, net, accelerator), net, job.folder, accelerator.is_main_process)
+            validate(state.step / steps_per_epoch)
             if late and state.step < total:
                 stopped = "time"
                 break
             if state.since_best(steps_per_epoch) >= job.settings.patience:
-                stopped = "no improvement"
-                break
+                if aware or aware_from == total:
+                    stopped = "no improvement"
+                    break
+                if state.step < aware_from:  # on to the quantization-aware epochs, from the best weights so far
+                    state.step = aware_from
+                    _take_best(job, state, net, accelerator)
+                    if average:
+                        average.restart(net)
         if time.monotonic() - saved > CHECKPOINT_SECONDS and accelerator.is_main_process:
             state.seconds = time.monotonic() - started
-            state.store(job.folder, net, optimizer)
+            state.ranges = aware.ranges if aware else {}
+            state.store(job.folder, net, optimizer, average)
             saved = time.monotonic()
-    accelerator.wait_for_everyone()  # the main process may still be writing what the others read
-    net.load_state_dict(load_file(job.folder / "best.safetensors"))
+    _take_best(job, state, net, accelerator)
     net.to("cpu").eval()
     passes = job.recipe.passes(job.terms)
     return TrainingLog(
-        recipe=job.recipe.name, epochs=state.step / steps_per_epoch, steps=state.step,
-        samples=state.step * job.settings.batch_size * passes, seconds=time.monotonic() - started,
+        recipe=job.recipe.name, epochs=state.step / steps_per_epoch, steps=state.taken,
+        samples=state.taken * job.settings.batch_size * passes, seconds=time.monotonic() - started,
         validation=tuple(state.history), best_epoch=state.best_epoch, best=state.best, stopped=stopped,
+        losses=tuple(state.losses), quantized_from=aware_from / steps_per_epoch if aware else None,
     )  # fmt: skip
 
 
-def peak_rate(job: Job) -> float:
-    """Highest learning rate of a training: for a super-network half of a teacher's unless the settings say otherwise."""
-    rate = job.settings.learning_rate or 5e-5 * 768 / _hidden_size(job.net.config)
-    return (job.settings.supernet_learning_rate or rate / 2) if job.recipe.distils else rate
+def _take_best(job: Job, state: State, net: Supernet, accelerator: Any) -> None:
+    accelerator.wait_for_everyone()  # the main process may still be writing what the others read
+    net.load_state_dict(load_file(job.folder / state.kept))
+
+
+def _for_ranges(job: Job, device: Any) -> Any:
+    rows = by_length(job.train, np.arange(min(len(job.train), RANGE_SAMPLES)))
+    return load_batches(job.train, rows, EVALUATION_BATCH, device)
+
+
+def peak_rate(recipe: Recipe, settings: FinetuneSettings, config: Any) -> float:
+    """Highest learning rate of a training: half of a teacher's for what starts as one, unless the settings say otherwise."""
+    rate = settings.learning_rate or 5e-5 * 768 / _hidden_size(config)
+    if not recipe.elastic:
+        return rate
+    return settings.supernet_learning_rate or (rate / 2 if settings.start == "teacher" else rate)
 
 
 def _epoch(split: Split, size: int, seed: int, epoch: int) -> list[np.ndarray[Any, Any]]:
@@ -262,16 +355,26 @@ def _epoch(split: Split, size: int, seed: int, epoch: int) -> list[np.ndarray[An
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def sort_by_importance(net: Supernet, space_of: Callable[[tuple[int, ...]], SearchSpace], train_split: Split, task: Any) -> SearchSpace:
-    """Sort heads and neurons in place and return the space with its layers ordered by importance."""
-    batches = load_batches(train_split, by_length(train_split, np.arange(min(len(train_split), IMPORTANCE_SAMPLES))), 32)
-    reorder(net, importance(net, batches, task.loss))
+def sort_by_importance(
+    net: Supernet, space_of: Callable[[tuple[int, ...]], SearchSpace], train_split: Split, task: Any, also: Sequence[Supernet] = ()
+) -> SearchSpace:
+    """Sort heads and neurons in place, those of `also` alike, and return the space with its layers ordered by importance."""
+    device = _where(net)
+    rows = by_length(train_split, np.arange(min(len(train_split), IMPORTANCE_SAMPLES)))
+    scores = importance(net, load_batches(train_split, rows, 32, device), task.loss)
+    for other in (net, *also):
+        reorder(other, scores)
     plain = space_of(())
     depth = next(gene for gene in plain.genes if gene.name == "depth")
-    few = load_batches(train_split, by_length(train_split, np.arange(min(len(train_split), ORDER_SAMPLES))), EVALUATION_BATCH)
+    rows = by_length(train_split, np.arange(min(len(train_split), ORDER_SAMPLES)))
+    few = load_batches(train_split, rows, EVALUATION_BATCH, device)
     with torch.no_grad():  # against its own outputs: on samples it was trained on, labels say little about what a layer does
         own = [(inputs, net(inputs, net.largest())) for inputs, _ in few]
     return space_of(layer_order(net, own, lambda logits, whole: task.distillation(logits, whole, 1.0), int(depth.choices[0])))
+
+
+def _where(net: Supernet) -> torch.device:
+    return next(net.parameters()).device
 
 
 def teacher_logits(net: Supernet, split: Split, path: Path, progress: Progress) -> np.ndarray[Any, Any]:
@@ -284,8 +387,8 @@ def teacher_logits(net: Supernet, split: Split, path: Path, progress: Progress) 
     net.eval()
     with torch.no_grad():
         for start in range(0, len(split), EVALUATION_BATCH):
-            inputs, _ = load_batch(split, order[start : start + EVALUATION_BATCH])
-            found.append(net(inputs, net.largest()).numpy())
+            inputs, _ = load_batch(split, order[start : start + EVALUATION_BATCH], _where(net))
+            found.append(net(inputs, net.largest()).cpu().numpy())
             progress.step("teacher outputs", min(start + EVALUATION_BATCH, len(split)), len(split))
     logits = np.concatenate(found)[np.argsort(order)]
     temporary = path.with_name(f".{path.name}.part.npy")
@@ -298,25 +401,46 @@ def teacher_logits(net: Supernet, split: Split, path: Path, progress: Progress) 
 # ---------------------------------------------------------------------------------------------- one step
 
 
-def _step(job: Job, net: Supernet, optimizer: Any, whole: Any, rate: float, step: int, accelerator: Any) -> None:
-    rows = whole[accelerator.process_index :: accelerator.num_processes]
-    teacher = None if job.teacher is None else torch.from_numpy(job.teacher[rows]).to(accelerator.device)
-    batch = StepBatch(*load_batch(job.train, rows, accelerator.device), teacher)
-    net.train()
+def _step(
+    job: Job, net: Supernet, optimizer: Any, whole: Any, rate: float, step: int, accelerator: Any, aware: TrainingQuantizer | None = None
+) -> torch.Tensor:
+    """One update of the weights; the loss of the whole batch, over all processes."""
+    processes = accelerator.num_processes
+    rows = whole[accelerator.process_index :: processes]
     optimizer.zero_grad(set_to_none=True)
-    for loss in job.recipe.losses(net, job.space, batch, np.random.default_rng([job.seed, step]), job.terms):
-        loss.backward()  # not accelerate's, which scales it where a launcher was told of mixed precision
+    total = torch.zeros((), device=accelerator.device)
+    for part in np.array_split(rows, min(job.settings.accumulation, len(rows))):
+        total += _passes(job, net, part, len(part) / len(whole), step, accelerator.device, aware)
     parameters = [p for p in net.parameters() if p.grad is not None]
-    if accelerator.num_processes > 1:
+    if processes > 1:
         # one reduction after all passes: DistributedDataParallel expects a single forward per backward
-        share = len(rows) / len(whole)
-        flat = accelerator.reduce(share * torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]), reduction="sum")
-        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        flat = accelerator.reduce(torch.cat([*(p.grad.flatten() for p in parameters if p.grad is not None), total[None]]), reduction="sum")
+        *parts, total = flat.split([*(p.numel() for p in parameters), 1])
+        for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
+    if aware:
+        aware.follow(processes)
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
+    return total.reshape(())
+
+
+def _passes(job: Job, net: Supernet, rows: Any, share: float, step: int, device: Any, aware: TrainingQuantizer | None) -> torch.Tensor:
+    """Back-propagate the recipe's losses on some samples, which are this share of a batch; their sum by that share."""
+    net.train()
+    teacher = None if job.teacher is None else torch.from_numpy(job.teacher[rows]).to(device)
+    batch = StepBatch(*load_batch(job.train, rows, device), teacher)
+    rng, total = np.random.default_rng([job.seed, step]), torch.zeros((), device=device)
+    losses = iter(job.recipe.losses(Quantized(net, aware) if aware else net, job.space, batch, rng, job.terms))
+    while True:
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=job.settings.mixed_precision == "bf16"):
+            loss = next(losses, None)
+        if loss is None:
+            return total
+        (share * loss).backward()  # not accelerate's, which scales it where a launcher was told of mixed precision
+        total += share * loss.detach()
 
 
 def _agreed(accelerator: Any, value: float) -> float:
@@ -342,27 +466,30 @@ def _shared(net: Supernet, accelerator: Any) -> Supernet:
 def _optimizer(net: Supernet, settings: FinetuneSettings) -> torch.optim.AdamW:
     decayed = [p for p in net.parameters() if p.ndim > 1]
     free = [p for p in net.parameters() if p.ndim <= 1]
-    return torch.optim.AdamW([{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}], lr=1e-5)
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-5, fused=_where(net).type == "cuda")
 
 
 @dataclass(frozen=True)
 class _Schedule:
-    """Linear warm-up, then linear decay to zero."""
+    """Linear warm-up, then what the recipe says."""
 
-    peak: float
+    job: Job
     total: int
-    warmup: float
+    steps_per_epoch: int
 
     def __call__(self, step: int) -> float:
-        ramp = max(1, int(self.total * self.warmup))
-        return self.peak * min((step + 1) / ramp, (self.total - step) / max(1, self.total - ramp))
+        ramp = max(1, int(self.total * self.job.settings.warmup))
+        left = (self.total - step) / max(1, self.total - ramp)
+        share = min((step + 1) / ramp, self.job.recipe.rate(min(1.0, left), step / self.steps_per_epoch, self.job.terms))
+        return peak_rate(self.job.recipe, self.job.settings, self.job.net.config) * share
 
 
 @torch.no_grad()
-def _validate(job: Job, net: Supernet, accelerator: Any) -> float:
+def _validate(job: Job, net: Supernet, accelerator: Any, aware: TrainingQuantizer | None = None) -> float:
     """Validation score of the largest network; of a super-network the mean over largest, smallest and two fixed random ones."""
-    task, subnets = job.terms.task, [net.largest()]
-    if job.recipe.distils:
+    task, subnets, run = job.terms.task, [net.largest()], Quantized(net, aware) if aware else net
+    if job.recipe.elastic:
         rng = np.random.default_rng([job.seed, 1])
         points = [spaces.smallest(job.space), spaces.sample(job.space, rng), spaces.sample(job.space, rng)]
         subnets += [net.subnet(job.space, point) for point in points]
@@ -372,87 +499,15 @@ def _validate(job: Job, net: Supernet, accelerator: Any) -> float:
     for start in range(0, len(order), EVALUATION_BATCH):
         inputs, _ = load_batch(job.validation, order[start : start + EVALUATION_BATCH], accelerator.device)
         for row, subnet in zip(outputs, subnets, strict=True):
-            row.append(net(inputs, subnet).cpu().numpy())
+            row.append(run(inputs, subnet).cpu().numpy())
     truth = job.validation.labels[order]
     sign = 1 if task.direction(job.metric) == "maximize" else -1
     return _agreed(accelerator, float(np.mean([sign * task.score(job.metric, np.concatenate(row), truth)[0] for row in outputs])))
 
 
-# ---------------------------------------------------------------------------------------------- checkpoints
-
-
-class _State:
-    """Where a training stands; tensors in safetensors, the rest in JSON, replaced as a whole."""
-
-    def __init__(self) -> None:
-        self.step, self.seconds = 0, 0.0
-        self.history: list[tuple[float, float]] = []
-        self.best, self.best_epoch = float("-inf"), 0.0
-
-    def note(self, epoch: float, score: float, net: Supernet, folder: Path, write: bool) -> None:
-        """Remember a validation score; keep the weights if it is the best so far."""
-        self.history.append((epoch, score))
-        if score > self.best:
-            self.best, self.best_epoch = score, epoch
-            if write:
-                _store_tensors(net.state_dict(), folder / "best.safetensors")
-
-    def since_best(self, steps_per_epoch: int) -> float:
-        return self.step / steps_per_epoch - self.best_epoch
-
-    def store(self, folder: Path, net: Supernet, optimizer: torch.optim.Optimizer) -> None:
-        """A checkpoint folder of its own, then the pointer to it, then the old ones go."""
-        name = f"checkpoint-{self.step}"
-        target = folder / name
-        target.mkdir(parents=True, exist_ok=True)
-        _store_tensors(net.state_dict(), target / "model.safetensors")
-        moments = {
-            f"{index}.{key}": value if isinstance(value, torch.Tensor) else torch.tensor(value)
-            for index, entry in optimizer.state_dict()["state"].items()
-            for key, value in entry.items()
-        }
-        _store_tensors(moments, target / "optimizer.safetensors")
-        state = {"folder": name, "step": self.step, "seconds": self.seconds, "history": self.history, "best": [self.best, self.best_epoch]}
-        write_atomic(folder / "checkpoint.json", json.dumps(state).encode())
-        for old in folder.glob("checkpoint-*"):
-            if old.name != name:
-                shutil.rmtree(old)
-
-    @classmethod
-    def resume(cls, folder: Path, net: Supernet, optimizer: torch.optim.Optimizer) -> _State | None:
-        """The last whole checkpoint, with weights and optimizer restored; None if there is none."""
-        pointer = folder / "checkpoint.json"
-        if not pointer.is_file() or not (folder / "best.safetensors").is_file():
-            return None
-        state, stored = cls(), json.loads(pointer.read_text())
-        state.step, state.seconds = stored["step"], stored["seconds"]
-        state.history = [(float(e), float(s)) for e, s in stored["history"]]
-        state.best, state.best_epoch = stored["best"]
-        net.load_state_dict(load_file(folder / stored["folder"] / "model.safetensors"))
-        entries: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in load_file(folder / stored["folder"] / "optimizer.safetensors").items():
-            index, _, key = name.partition(".")
-            entries.setdefault(int(index), {})[key] = value
-        optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
-        return state
-
-
-def _store_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, temporary)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RecordError(
-            f"cannot write {path.name}: {error}",
-            hint="free some space and run the same command again; it continues from the last checkpoint",
-        ) from error
-
-
 def _weights_digest(net: Supernet) -> str:
-    return digest([(name, float(p.detach().double().sum()), float(p.detach().double().abs().sum())) for name, p in net.named_parameters()])
+    found = ((name, p.detach().cpu().double()) for name, p in net.named_parameters())
+    return digest([(name, float(p.sum()), float(p.abs().sum())) for name, p in found])
 
 
 def _hidden_size(config: Any) -> int:

@@ -54,8 +54,8 @@ PROCESSORS = ("any", "vnni", "arm", "here")
 """What multiplies integers on the device: `any` takes the form that is exact on all of them."""
 EXACT, PLAIN = "u8u8", "u8s8"
 """Forms of integer products: exact on every processor; as they come, inexact on x86 without VNNI."""
-CUT_BYTES = 4096
-"""Weights from here on are left out of a kit's files."""
+CUT_BYTES = 1024
+"""Weights from here on are left out of a kit's files; how to draw them takes some fifty bytes of the manifest, for each copy in a stack."""
 CUT_TYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8, "uint8": np.uint8}
 WANTED = {"onnxruntime": "1.17", "openvino": "2024.0", "numpy": "1.21", "python": "3.9"}
 """First versions that read what lowering writes (ONNX opset 20)."""
@@ -161,9 +161,13 @@ class KitManifest(Record, frozen=True):
     """(path, SHA-256, bytes) of every other file."""
 
     @property
+    def operators(self) -> frozenset[Operator]:
+        """Those that get a row; what a call costs gets none."""
+        return frozenset(g.operator for g in self.graphs if g.operator and g.operator != profiler.CALL)
+
+    @property
     def rows(self) -> int:
-        """Operators that get a row."""
-        return len({g.operator for g in self.graphs if g.operator})
+        return len(self.operators)
 
 
 # ---------------------------------------------------------------------------------------------- what is lowered to

@@ -44,7 +44,7 @@ class KitTiming(Record, frozen=True):
 
 
 class KitWindowResult(Record, frozen=True):
-    """One window: graph ▸ timing, the reference among them; and the second timings of those that were noisy."""
+    """One window: graph ▸ timing, the reference among them; and the same from a second timing if the first was disturbed."""
 
     window: int
     seconds: float
@@ -244,6 +244,10 @@ def _window_faults(window: KitWindow, result: KitWindowResult, levels: tuple[flo
         faults.append(f"seconds: {result.seconds}")
     for name, timing in (*result.first.items(), *result.again.items()):
         faults += [f"{name[:40]}: {fault}" for fault in _timing_faults(timing, levels)]
+    if result.again:
+        faults += [f"{name} was not timed again with the others" for name in sorted(expected - result.again.keys())]
+    elif window.again_seconds and not faults and profiler.disturbed([_quantity(t, "measured") for t in result.first.values()]):
+        faults.append("it was disturbed and not timed again")
     return faults
 
 

@@ -251,7 +251,8 @@ class Context:
         r, own = self.recipe, self.backend.width_multiple
         shared = math.lcm(own, *(f.backend.width_multiple for f in self.further))
         widths = () if shared == own else (shared,)
-        return self.done["data"].files, models.weights_digest(self.model_folder), r.finetune, r.seed, self.metric, self.target, *widths
+        extra = (*widths, *((r.search.precisions,) if r.finetune.quantization_aware_epochs else ()))
+        return self.done["data"].files, models.weights_digest(self.model_folder), r.finetune, r.seed, self.metric, self.target, *extra
 
     # ------------------------------------------------------------------------------------------ what stages share
 

@@ -24,6 +24,8 @@ class FinetuneSettings(Record, frozen=True):
 
     recipe: str = "instatune"
     """Which sub-networks a step of the super-network trains, and on what."""
+    start: str = "teacher"
+    """What the super-network starts from: `teacher` (the fine-tuned model), `pretrained` (the model as given) or `random` weights."""
     teacher_epochs: int = 4
     """Plain fine-tuning before the super-network; not used where the model already has a matching head."""
     epochs: int = 4
@@ -44,8 +46,20 @@ class FinetuneSettings(Record, frozen=True):
     """InstaTune's g: 1 distils from the fine-tuned teacher, 0 from the super-network itself."""
     temperature: float = 1.0
     """InstaTune's ρ."""
-    random_subnets: int = 1
-    """InstaTune's M: random sub-networks per step."""
+    random_subnets: int = 0
+    """Random sub-networks per step, InstaTune's M; 0: one, or two of `bignas`."""
+    decay_epochs: float = 0.0
+    """Of `bignas`: epochs in which the learning rate falls by 3 %; 0: so that the floor is reached after two thirds of the steps."""
+    rate_floor: float = 0.05
+    """Of `bignas`: share of the peak at which the learning rate stays."""
+    quantization_aware_epochs: int = 0
+    """Last epochs of the super-network that compute with quantized products, as the uniformly quantized engine would."""
+    mixed_precision: str = "no"
+    """`bf16`: products of a training step in bfloat16 where PyTorch's autocast has them so; scores stay float32."""
+    accumulation: int = 1
+    """Parts that a batch is cut into, one after the other: the same step with less memory."""
+    ema_decay: float = 0.0
+    """Of an exponential moving average of the weights, which is then what is validated and kept; 0: none."""
     class_weights: bool = False
     """Weigh the loss by inverse class frequency."""
     importance: bool = True
@@ -232,6 +246,17 @@ def check(recipe: Recipe) -> Recipe:
         ("finetune.ce_weight", f.ce_weight, 0 <= f.ce_weight <= 1, "between 0 and 1"),
         ("finetune.strong_teacher", f.strong_teacher, 0 <= f.strong_teacher <= 1, "between 0 and 1"),
         ("finetune.temperature", f.temperature, f.temperature > 0, "more than 0"),
+        ("finetune.start", f.start, f.start in STARTS, f"one of {', '.join(STARTS)}"),
+        ("finetune.random_subnets", f.random_subnets, f.random_subnets >= 0, "0 (the recipe's own number) or more"),
+        ("finetune.decay_epochs", f.decay_epochs, f.decay_epochs >= 0, "0 (by the steps) or more"),
+        ("finetune.rate_floor", f.rate_floor, 0 < f.rate_floor <= 1, "more than 0, at most 1"),
+        (
+            "finetune.quantization_aware_epochs", f.quantization_aware_epochs, 0 <= f.quantization_aware_epochs <= f.epochs,
+            "0 or more, at most `epochs`",
+        ),
+        ("finetune.mixed_precision", f.mixed_precision, f.mixed_precision in MIXED, f"one of {', '.join(MIXED)}"),
+        ("finetune.accumulation", f.accumulation, f.accumulation >= 1, "at least 1"),
+        ("finetune.ema_decay", f.ema_decay, 0 <= f.ema_decay < 1, "0 (none) or more, below 1"),
         ("search.evaluations", s.evaluations, s.evaluations >= 1, "at least 1"),
         ("search.population", s.population, s.population >= 2, "at least 2"),
         ("search.calibration_samples", s.calibration_samples, s.calibration_samples >= 1, "at least 1"),
@@ -269,6 +294,7 @@ def check(recipe: Recipe) -> Recipe:
 
 OBJECTIVES = ("error", "latency_ms", "size_mb", "macs_m", "worst_ratio")
 METHODS = ("minmax", "percentile", "mse", "entropy")
+STARTS, MIXED = ("teacher", "pretrained", "random"), ("no", "bf16")
 
 
 def _merged(content: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

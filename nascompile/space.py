@@ -123,6 +123,12 @@ def uniform(space: SearchSpace) -> Candidate:
     return candidate(space, {slot: choices[-1] for slot, choices in _choices(space)})
 
 
+def quantized(space: SearchSpace, point: Candidate) -> Candidate:
+    """The same architecture with every precision gene at its last (cheapest) choice."""
+    cheapest = {slot: choices[-1] for slot, choices in _choices(space) if slot_gene(space, slot).kind == "precision"}
+    return candidate(space, genome(space, point) | cheapest)
+
+
 def size(space: SearchSpace) -> int:
     """Number of different candidates."""
     roots = {name for gene in space.genes for name, _ in gene.requires}

@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from nascompile import network, plugins, space as spaces
 from nascompile.data import Split
 from nascompile.families import Family, Linear
-from nascompile.quantization import ActivationRanges, ActivationScheme, dequantize, limits
+from nascompile.quantization import ActivationRanges, ActivationScheme, Scheme, dequantize, limits
+from nascompile.quantization.blocks import BlockWeights
+from nascompile.quantization.int8 import StaticInt8
 from nascompile.records import Candidate, SearchSpace
 
 Batch = tuple[Mapping[str, torch.Tensor], torch.Tensor]
@@ -60,7 +62,7 @@ class Supernet(nn.Module):
     def forward(self, inputs: Mapping[str, torch.Tensor], subnet: Subnet, linear: Linear = plain) -> torch.Tensor:
         """Logits (batch, labels)."""
         logits: torch.Tensor = self.family.forward(self.model, inputs, subnet.layers, subnet.values, linear)
-        return logits
+        return logits.float() if logits.dtype == torch.bfloat16 else logits  # losses are not computed in what autocast left
 
     def largest(self) -> Subnet:
         """Every layer, every unit."""
@@ -90,9 +92,9 @@ def by_length(split: Split, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return rows[np.argsort(np.asarray(split.inputs[MASK])[rows].sum(axis=1), kind="stable")]
 
 
-def load_batches(split: Split, rows: np.ndarray[Any, Any], size: int) -> list[Batch]:
+def load_batches(split: Split, rows: np.ndarray[Any, Any], size: int, device: Any = "cpu") -> list[Batch]:
     """The samples of a split at these positions, cut into batches."""
-    return [load_batch(split, rows[start : start + size]) for start in range(0, len(rows), size)]
+    return [load_batch(split, rows[start : start + size], device) for start in range(0, len(rows), size)]
 
 
 # ---------------------------------------------------------------------------------------------- emulated quantization
@@ -164,6 +166,22 @@ def divergence(counts: np.ndarray[Any, Any], first: int, last: int, levels: int)
     return float((p * np.log(p / q)).sum())
 
 
+def on_grid(scheme: Scheme, weight: torch.Tensor) -> torch.Tensor:
+    """The weight (out, in) as its scheme stores it, read back: NumPy's numbers, on the device that the weight is on.
+
+    A scheme of another package is asked itself, on the CPU.
+    """
+    if type(scheme).quantize_weight not in (StaticInt8.quantize_weight, BlockWeights.quantize_weight):
+        integers, scale = scheme.quantize_weight(weight.detach().cpu().numpy())
+        return torch.from_numpy(dequantize(integers, scale, scheme.precision.weights.group_size)).to(weight.device)
+    (rows, columns), top = weight.shape, limits(scheme.precision.weights)[1]
+    size = scheme.precision.weights.group_size or columns
+    blocks = F.pad(weight.detach(), (0, -columns % size)).reshape(rows, -1, size)
+    largest = blocks.abs().amax(dim=2, keepdim=True)
+    scale = (largest / torch.full_like(largest, top)).clamp_min(torch.finfo(torch.float32).tiny)  # by a number, CUDA would multiply
+    return ((blocks / scale).round_().clamp_(-top, top) * scale).reshape(rows, -1)[:, :columns]
+
+
 class FakeQuantizer:
     """A `Linear` with the arithmetic of the built engine: inputs on their grid, weights on theirs, float sums.
 
@@ -190,10 +208,7 @@ class FakeQuantizer:
     def weight(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """What the engine multiplies by, as floats: computed at a product's first call."""
         if name not in self._weights:
-            scheme = self.schemes[name]
-            integers, scale = scheme.quantize_weight(weight.detach().cpu().numpy())
-            floats = torch.from_numpy(dequantize(integers, scale, scheme.precision.weights.group_size))
-            self._weights[name] = floats.to(weight.device)
+            self._weights[name] = on_grid(self.schemes[name], weight)
         return self._weights[name]
 
     def _activation(self, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -217,7 +232,8 @@ class FakeQuantizer:
         for part in torch.split(seen, self.batch):
             low, high = (float(v) for v in torch.aminmax(part))
             grids += [scheme.activation_parameters(low, high)] * len(part)
-        scales, zeros = torch.tensor([s for s, _ in grids]), torch.tensor([z for _, z in grids], dtype=torch.int32)
+        scales = torch.tensor([s for s, _ in grids], device=x.device)
+        zeros = torch.tensor([z for _, z in grids], dtype=torch.int32, device=x.device)
         return torch.fake_quantize_per_channel_affine(x, scales, zeros, 0, *limits(scheme.precision.activations))
 
 
@@ -246,7 +262,7 @@ def emulate(
     rows = []
     for inputs, labels in batches:
         linear.mask = inputs.get(MASK)
-        rows.append((net(inputs, subnet, linear).numpy(), labels.numpy()))
+        rows.append((net(inputs, subnet, linear).cpu().numpy(), labels.cpu().numpy()))
     return np.concatenate([r[0] for r in rows]), np.concatenate([r[1] for r in rows])
 
 
@@ -299,6 +315,18 @@ def layer_order(net: Supernet, batches: list[Batch], loss: Any, keep: int) -> tu
         removed.append(min(costs)[1])
         left.remove(removed[-1])
     return (*left, *reversed(removed))
+
+
+@torch.no_grad()
+def zero_residuals(net: Supernet) -> None:
+    """The last product of every residual block at zero, in place: each block is the identity until it learns something else."""
+    parameters = dict(net.model.named_parameters())
+    for segment in net.family.segments(net.config):
+        if segment.layer is not None and segment.quantizable:
+            last = segment.quantizable[-1]
+            for name in (last, f"{last.removesuffix('.weight')}.bias"):
+                if name in parameters:
+                    parameters[name].zero_()
 
 
 # ---------------------------------------------------------------------------------------------- extraction

@@ -29,7 +29,7 @@ from transformers import BertConfig, ViTConfig
 import nascompile
 from nascompile import latency_table, models, network, plugins, profiler, progress, records, table_check, targets
 from nascompile.errors import NascompileError
-from nascompile.records import Environment, LatencyTable, Quantity, TableRow, Target
+from nascompile.records import Environment, LatencyTable, Quantity, Target
 
 PACKAGE = Path(nascompile.__file__).parent
 TABLES = PACKAGE / "latency_tables"
@@ -175,7 +175,7 @@ def compact(table: LatencyTable) -> bytes:
 
 def rounded(table: LatencyTable) -> LatencyTable:
     """The same table with fewer digits in its rows."""
-    rows = tuple(TableRow(operator=r.operator, latency=_rounded(r.latency), noisy=r.noisy) for r in table.rows)
+    rows = tuple(msgspec.structs.replace(r, latency=_rounded(r.latency), reach=_shortened(r.reach)) for r in table.rows)
     return msgspec.structs.replace(table, rows=rows)
 
 
@@ -199,8 +199,15 @@ def check() -> int:
 
 
 def _rounded(q: Quantity) -> Quantity:
-    quantiles = tuple((level, float(f"{value:.{DIGITS}g}")) for level, value in q.quantiles)
-    return msgspec.structs.replace(q, value=float(f"{q.value:.{DIGITS}g}"), quantiles=quantiles)
+    return msgspec.structs.replace(q, value=_short(q.value), quantiles=_shortened(q.quantiles))
+
+
+def _shortened(pairs: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+    return tuple((place, _short(value)) for place, value in pairs)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,9 @@
 """InstaTune (Sarah et al., 2308.15609, Eq. 1): the super-network and M uniformly random sub-networks in every step.
 
 L = a (CE_S + Σ CE_Si) + (1 - a) (g KL(S, T) + Σ [(1 - g) KL(Si, S) + g KL(Si, T)])
+
+As published: a = 0.3, g = 1 or 0, M = 1, T the plainly fine-tuned model, outputs softened by ρ. KL(S, T) is KL(T ‖ S) ρ², as distillation
+is usually written; no gradient flows from a sub-network into the outputs of S that it learns from.
 """
 
 from __future__ import annotations
@@ -17,11 +20,17 @@ from nascompile.records import SearchSpace
 
 class InstaTune:
     name = "instatune"
-    distils = True
+    distils = elastic = True
+    random_subnets = 1
+    zeroed_residuals = False
 
     def passes(self, terms: Terms) -> int:
         """The super-network and each random sub-network."""
         return 1 + terms.random_subnets
+
+    def rate(self, left: float, epochs: float, terms: Terms) -> float:
+        """Linear decay to zero."""
+        return left
 
     def losses(self, net: Any, space: SearchSpace, batch: StepBatch, rng: np.random.Generator, terms: Terms) -> Iterator[Any]:
         a, g = terms.ce_weight, terms.strong_teacher

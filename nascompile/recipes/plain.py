@@ -13,11 +13,16 @@ from nascompile.records import SearchSpace
 
 class Plain:
     name = "plain"
-    distils = False
+    distils = elastic = zeroed_residuals = False
+    random_subnets = 0
 
     def passes(self, terms: Terms) -> int:
         """One."""
         return 1
+
+    def rate(self, left: float, epochs: float, terms: Terms) -> float:
+        """Linear decay to zero."""
+        return left
 
     def losses(self, net: Any, space: SearchSpace, batch: StepBatch, rng: np.random.Generator, terms: Terms) -> Iterator[Any]:
         yield terms.task.loss(net(batch.inputs, net.largest()), batch.labels, terms.class_weights)

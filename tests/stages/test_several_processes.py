@@ -75,7 +75,7 @@ if os.environ.get("STEPS"):
     def counted(*arguments):
         with open(os.environ["STEPS"] + os.environ["RANK"], "a") as stream:
             stream.write(f"{arguments[0].folder.name} {arguments[5]}\\n")
-        real(*arguments)
+        return real(*arguments)
     finetune._step = counted
 from nascompile.cli import main
 main()
@@ -166,6 +166,27 @@ def test_a_launched_run_is_the_run_of_one_process(folder: Path, alone: Path) -> 
     again = nascompile(folder, "-m", "nascompile", "run", "--out", "launched")
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("done before") == len(pipeline.STAGES)
+
+
+def test_every_option_of_training_works_in_several_processes(folder: Path) -> None:
+    """`accelerate launch -m nascompile finetune`: the losses, the scores and the weights of one process."""
+    options = RECIPE.replace("control = true", """recipe = "bignas"
+start = "pretrained"
+epochs = 2
+accumulation = 2
+ema_decay = 0.9
+quantization_aware_epochs = 1""").replace("epochs = 1\nbatch_size", "batch_size")  # fmt: skip
+    (folder / "options.toml").write_text(options)
+    done = nascompile(folder, "-m", "nascompile", "finetune", "options.toml", "--out", "options-alone")
+    assert done.returncode == 0, done.stderr
+    done = nascompile(folder, "-m", *ACCELERATE, "-m", "nascompile", "finetune", "options.toml", "--out", "options-launched")
+    assert done.returncode == 0, done.stderr
+    assert "2 processes train together" in done.stderr
+    found, wanted = folder / "options-launched", folder / "options-alone"
+    logs = [load(run / "supernet/training.json", TrainingLog) for run in (found, wanted)]
+    assert [(log.recipe, log.quantized_from, len(log.losses)) for log in logs] == [("bignas", 1.0, 2)] * 2
+    np.testing.assert_allclose(logs[0].losses, logs[1].losses, rtol=1e-4)  # sums in another order, through 86 steps
+    assert_same_networks(found, wanted, ("teacher", "supernet"))
 
 
 ERROR, KILLED = "error: an error that was asked for", ""

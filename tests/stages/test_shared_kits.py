@@ -15,7 +15,8 @@ import pytest
 from transformers import ViTConfig, ViTForImageClassification
 from typer.testing import CliRunner
 
-from nascompile import cli, network, plugins, settings, several, space as spaces, targets
+from nascompile import cli, network, plugins, profiler, settings, several, space as spaces, targets
+from nascompile.devices import interleave
 from nascompile.kit import KitManifest
 from nascompile.models import read_config
 from nascompile.records import FLOAT32, INT8, LatencyTable, Operator, Workload, load
@@ -47,10 +48,6 @@ def export(*arguments: object, out: str = "kit") -> KitManifest:
     return load(Path(out) / "manifest.json", KitManifest)
 
 
-def operators(manifest: KitManifest) -> set[Any]:
-    return {graph.operator for graph in manifest.graphs if graph.operator}
-
-
 def shared(model: Path, *names: str) -> list[set[Any]]:
     """What a search for these devices needs a table of each for, by the search's own functions."""
     config, family = read_config(model), plugins.get("families", "vit")
@@ -64,12 +61,12 @@ def shared(model: Path, *names: str) -> list[set[Any]]:
 def test_a_kit_has_exactly_the_operators_of_the_shared_space(vit: Path) -> None:
     _, wanted = shared(vit, "cpu:openvino", "board:onnxruntime")
     manifest = export("--model", vit, "--device", "board:onnxruntime", "--device", "cpu:openvino", "--processor", "vnni")
-    assert operators(manifest) == wanted
+    assert manifest.operators == wanted
     assert (manifest.target.device, manifest.target.threads) == ("board", 2)
     alone = export("--model", vit, "--device", "board:onnxruntime", "--processor", "vnni", out="alone")
-    assert wanted != operators(alone), "the network has widths that are no multiples of 64"
+    assert wanted != alone.operators, "the network has widths that are no multiples of 64"
     assert {o.dim("width") for o in wanted if o.kind == "mlp"} == {64, 128, 192}
-    assert {o.dim("width") for o in operators(alone) if o.kind == "mlp"} == {64, 96, 128, 192}
+    assert {o.dim("width") for o in alone.operators if o.kind == "mlp"} == {64, 96, 128, 192}
 
 
 def test_a_kit_of_a_run_is_for_all_devices_of_the_run(vit: Path) -> None:
@@ -91,20 +88,26 @@ def suggested(stderr: str) -> list[str]:
 
 
 def made(words: list[str]) -> LatencyTable:
-    """What the hint goes on with: the kit run, and imported."""
+    """What the hint goes on with: the kit run, in a hurry, and imported."""
     out = words[words.index("--out") + 1]
     assert out == "kit.zip"
     done = invoke(*words, "--seconds", "0.5", "--networks", "4", "-q")
     assert done.exit_code == 0, done.output
     shutil.rmtree("there", ignore_errors=True)
     subprocess.run([sys.executable, "-m", "zipfile", "-e", out, "there"], check=True)
+    manifest = json.loads(Path("there/kit/manifest.json").read_text())
+    manifest["data"]["method"].update(warm=1e-4, visit=1e-4, fewest_warm=1, most_warm=2, rounds=2)
+    Path("there/kit/manifest.json").write_text(json.dumps(manifest))
     subprocess.run([sys.executable, "there/kit/run_kit.py"], check=True, capture_output=True)
-    done = invoke("kit", "import", "there/kit/results.json", "--kit", out, "--tables", "mine", "--json", "-q")
+    done = invoke("kit", "import", "there/kit", "--tables", "mine", "--json", "-q")
     assert done.exit_code == 0, done.output
     return load(Path(json.loads(done.stdout)["table"]), LatencyTable)
 
 
-def test_the_errors_say_the_commands_that_make_the_table_they_want() -> None:
+def test_the_errors_say_the_commands_that_make_the_table_they_want(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WARM", "VISIT"):
+        monkeypatch.setattr(interleave, name, 1e-4)
+    monkeypatch.setattr(profiler, "CANARY", 1e9)  # timed in such a hurry, speed is not what it is about
     Path("mine").mkdir()
     missing = invoke("profile", *SEARCH)
     assert missing.exit_code == 1

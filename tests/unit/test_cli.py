@@ -44,9 +44,9 @@ def asked(monkeypatch):
     """What the pipeline was asked for: (recipe, folder, last stage); nothing is run."""
     calls = []
 
-    def run(recipe, out, *, until, progress):
+    def run(recipe, out, *, until, progress, table):
         print("a library that prints")
-        calls.append((recipe, out, until))
+        calls.append((recipe, out, until, *([table] if table else [])))
 
     monkeypatch.setattr(pipeline, "run", run)
     monkeypatch.setattr(cli, "_print_closing", lambda out: None)
@@ -201,6 +201,12 @@ def test_a_run_folder_remembers_its_recipe(asked, tmp_path):
 def test_each_stage_is_a_command(stage, asked):
     assert invoke(stage, "--out", "x", "--device", "fake", "--quiet").exit_code == 0
     assert asked == [(settings.toy_recipe(), cli.Path("x"), stage)]
+
+
+@pytest.mark.parametrize("flag", ["fresh", "add-missing"])
+def test_a_profile_is_told_where_its_table_comes_from(flag, asked):
+    assert invoke("profile", "--out", "x", "--device", "fake", "--quiet", f"--{flag}").exit_code == 0
+    assert asked == [(settings.toy_recipe(), cli.Path("x"), "profile", flag)]
 
 
 # ---------------------------------------------------------------------------------------------- streams and exit codes

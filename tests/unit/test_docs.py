@@ -47,8 +47,18 @@ def test_the_example_on_the_recipe_page_is_a_recipe(recipe_docs, tmp_path):
     assert settings.from_toml(tmp_path / "recipe.toml").finetune.epochs == 3
 
 
-@pytest.mark.parametrize("page", ["architecture.md", "recipe.md", "tensorrt.md", "kits.md"])
+@pytest.mark.parametrize("page", ["architecture.md", "recipe.md", "tensorrt.md", "kits.md", "supernet_recipes.md"])
 def test_files_that_a_page_names_exist(page):
     """Names in backticks that end like a file or a folder of this repository."""
     named = re.findall(r"`((?:nascompile|tools|tests|docs|profiles)/[\w./]*)`", (ROOT / "docs" / page).read_text("utf-8"))
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_examples_of_training_are_recipes(tmp_path):
+    examples = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "supernet_recipes.md").read_text("utf-8"), re.DOTALL)
+    found = []
+    for number, example in enumerate(examples):
+        path = tmp_path / f"{number}.toml"
+        path.write_text(example)
+        found.append(settings.from_toml(path).finetune)
+    assert [(f.recipe, f.start) for f in found] == [("instatune", "pretrained"), ("bignas", "random")]

@@ -26,7 +26,7 @@ from nascompile.progress import Silent
 from nascompile.recipes import StepBatch, Terms
 from nascompile.records import Target
 from nascompile.settings import FinetuneSettings
-from nascompile.supernet import Supernet
+from nascompile.supernet import Supernet, plain
 
 torch.set_num_threads(1)
 
@@ -66,17 +66,19 @@ def make_space(net: Supernet):
     return network.search_space(net.family, net.config, Backend(), target, "model", (1, 0))
 
 
-def make_job(folder: Path, kind: str = "toy", recipe: str = "instatune", epochs: int = 2, task=TASK, **changes) -> finetune.Job:
+def make_job(
+    folder: Path, kind: str = "toy", recipe: str = "instatune", epochs: int = 2, task=TASK, aware: int = 0, **changes
+) -> finetune.Job:
     net = make_net(kind)
     settings = FinetuneSettings(batch_size=8, learning_rate=1e-2, **changes)
-    terms = Terms(task, None, settings.ce_weight, settings.strong_teacher, settings.temperature, settings.random_subnets)
+    terms = finetune.terms_of(task, plugins.get("recipes", recipe), settings)
     shape = ("features", (6,)) if kind == "toy" else ("pixel_values", (1, 4, 4))
     folder.mkdir(parents=True, exist_ok=True)
     train = split(36, 1, *shape)
     return finetune.Job(
         net=net, space=make_space(net), recipe=plugins.get("recipes", recipe), terms=terms, settings=settings,
         train=train, validation=split(24, 2, *shape), metric="accuracy", epochs=epochs, folder=folder, seed=3,
-        teacher=3 * np.eye(3, dtype=np.float32)[train.labels],
+        teacher=3 * np.eye(3, dtype=np.float32)[train.labels], aware_epochs=aware,
     )  # fmt: skip
 
 
@@ -98,6 +100,11 @@ class Outputs:
         self.logits = [torch.tensor(values, requires_grad=True) for values in logits]
         self.points: list = []
         self.calls = 0
+
+        self.training = True
+
+    def eval(self):
+        self.training = False
 
     def largest(self):
         return "largest"
@@ -196,10 +203,13 @@ class Album(Silent):
         self.pictures[done] = weights(self.net)
 
 
-@pytest.mark.parametrize("kind", ["toy", "vit"])
-def test_a_killed_training_ends_with_the_very_weights_of_an_uninterrupted_one(kind, tmp_path, monkeypatch):
+EVERYTHING = {"aware": 1, "ema_decay": 0.9, "accumulation": 3, "mixed_precision": "bf16", "recipe": "bignas"}
+
+
+@pytest.mark.parametrize(("kind", "options"), [("toy", {}), ("vit", {}), ("vit", EVERYTHING)])
+def test_a_killed_training_ends_with_the_very_weights_of_an_uninterrupted_one(kind, options, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "CHECKPOINT_SECONDS", 0.0)
-    whole = make_job(tmp_path / "whole", kind)
+    whole = make_job(tmp_path / "whole", kind, **options)
     album = Album(whole.net)
     log = finetune.train(whole, album)
     assert log.steps == 8  # 36 samples in batches of 8: 4 steps an epoch
@@ -207,8 +217,8 @@ def test_a_killed_training_ends_with_the_very_weights_of_an_uninterrupted_one(ki
     kills = sorted(np.random.default_rng(0).choice(np.arange(2, 9), size=3, replace=False).tolist())
     for kill in kills:
         with pytest.raises(Killed):
-            finetune.train(again(tmp_path / "killed", kind), Bomb(kill))
-    job = again(tmp_path / "killed", kind)
+            finetune.train(make_job(tmp_path / "killed", kind, **options), Bomb(kill))
+    job = make_job(tmp_path / "killed", kind, **options)
     torch.manual_seed(99)  # nothing may hang on the state of the global generator
     rest = Album(job.net)
     resumed = finetune.train(job, rest)
@@ -217,6 +227,8 @@ def test_a_killed_training_ends_with_the_very_weights_of_an_uninterrupted_one(ki
     assert all(same(rest.pictures[step], album.pictures[step]) for step in steps)
     assert same(weights(job.net), weights(whole.net))
     assert msgspec.structs.replace(resumed, seconds=0) == msgspec.structs.replace(log, seconds=0)
+    assert len(log.losses) == 2
+    assert log.quantized_from == (1.0 if options else None)
 
 
 def again(folder: Path, kind: str = "toy") -> finetune.Job:
@@ -294,6 +306,14 @@ def test_training_stops_early_and_keeps_its_best_weights(scores, best_epoch, epo
     assert (log.stopped, log.epochs, log.best_epoch, log.best) == (stopped, epochs, best_epoch, scores[best_epoch])
     assert log.validation == tuple((float(e), float(s)) for e, s in enumerate(scores[: epochs + 1]))
     assert [n for n, picture in album.pictures.items() if same(picture, weights(job.net))] == [4 * best_epoch]
+
+
+def test_the_last_weights_are_kept_where_the_best_are_not_asked_for(tmp_path):
+    job = replace(make_job(tmp_path / "run", recipe="plain", epochs=3, task=Scripted([10, 60, 50, 40])), keep_best=False)
+    album = Album(job.net)
+    log = finetune.train(job, album)
+    assert same(weights(job.net), album.pictures[12])
+    assert (log.best, log.best_epoch) == (40, 3)
 
 
 def test_a_metric_to_be_minimized_is_not_maximized(tmp_path):
@@ -397,26 +417,29 @@ from safetensors.torch import save_file
 import test_finetune as t
 from nascompile import finetune
 folder = pathlib.Path({folder!r})
-job = t.make_job(folder / "run", epochs=1)
+job = t.make_job(folder / "run", **{options!r})
 read, plain = [], finetune.load_batch
 def load_batch(split, rows, device="cpu"):
-    read.extend([len(rows)] if split is job.train else [])
+    read.extend([len(rows)] if split is job.train and job.net.training else [])
     return plain(split, rows, device)
 finetune.load_batch = load_batch
 log = finetune.train(job, t.Silent())
-assert read == [4] * 4, read  # half of each batch of 8
+wanted = [4] * 4 if not {options!r}.get("accumulation") else [2, 2] * 8  # half of each batch of 8, maybe in two parts
+assert read == wanted, read
+(folder / (os.environ["RANK"] + ".json")).write_text(t.json.dumps([log.losses, log.validation]))
 save_file(t.weights(job.net), folder / (os.environ["RANK"] + ".safetensors"))
 """
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path):
-    """gloo on the CPU; each takes every other sample of a batch, and their mean gradient is the batch's own."""
+@pytest.mark.parametrize("options", [{"epochs": 1}, {"epochs": 2, "aware": 1, "accumulation": 2, "ema_decay": 0.5, "recipe": "bignas"}])
+def test_two_processes_take_the_steps_of_one(options, tmp_path):
+    """gloo on the CPU; each takes every other sample of a batch, and their mean gradient and loss are the batch's own."""
     from safetensors.torch import load_file
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    code = WORKER.format(here=str(Path(__file__).parent), folder=str(tmp_path))
+    code = WORKER.format(here=str(Path(__file__).parent), folder=str(tmp_path), options=options)
     common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
     common |= {"LOCAL_WORLD_SIZE": "2"}
     workers = [
@@ -431,12 +454,248 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
                 w.kill()
             raise
         assert worker.returncode == 0, errors.decode()[-2000:]
-    alone = make_job(tmp_path / "alone", epochs=1)
-    finetune.train(alone, Silent())
+    alone = make_job(tmp_path / "alone", **options)
+    log = finetune.train(alone, Silent())
     for rank in range(2):
+        losses, scores = json.loads((tmp_path / f"{rank}.json").read_text())
+        # float32 means in another order, through at most 8 steps of Adam at 1e-2
+        np.testing.assert_allclose(losses, log.losses, rtol=1e-4)
+        assert [tuple(s) for s in scores] == list(log.validation)
         found = load_file(tmp_path / f"{rank}.safetensors")
         for name, value in weights(alone.net).items():
-            # float32 means in another order, through 4 steps of Adam at 1e-2, whose first steps are of size 1e-2 whatever the gradient
+            # the same; the first steps of Adam are of size 1e-2 whatever the gradient
             torch.testing.assert_close(found[name], value, rtol=0, atol=1e-4)
 
 
+# ---------------------------------------------------------------------------------------------- options
+
+
+def test_a_batch_in_parts_takes_the_same_steps(tmp_path):
+    whole, parts = make_job(tmp_path / "whole"), make_job(tmp_path / "parts", accumulation=3)
+    logs = [finetune.train(job, Silent()) for job in (whole, parts)]
+    np.testing.assert_allclose(logs[1].losses, logs[0].losses, rtol=1e-4)
+    for name, value in weights(whole.net).items():
+        torch.testing.assert_close(weights(parts.net)[name], value, rtol=0, atol=1e-4)  # float32 means in another order, 8 steps at 1e-2
+
+
+def test_the_logged_loss_is_that_of_the_steps(tmp_path):
+    job, found = make_job(tmp_path / "run"), []
+    recipe = job.recipe
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(recipe, name)
+
+        def losses(self, *arguments):
+            for loss in recipe.losses(*arguments):
+                found.append(loss.item())
+                yield loss
+
+    log = finetune.train(replace(job, recipe=Watched()), Silent())
+    assert [epoch for epoch, _ in log.losses] == [1.0, 2.0]
+    want = np.array(found).reshape(2, 4, 2).sum(axis=2).mean(axis=1)  # epochs, steps, passes
+    np.testing.assert_allclose([loss for _, loss in log.losses], want, rtol=1e-6)
+
+
+def test_products_of_a_step_are_in_bfloat16_where_asked_for(tmp_path, monkeypatch):
+    seen = {"no": set(), "bf16": set()}
+    for mixed, kinds in seen.items():
+        job = make_job(tmp_path / mixed, "vit", mixed_precision=mixed)
+        real = job.net.forward
+
+        def forward(inputs, subnet, linear=plain, real=real, kinds=kinds, net=job.net):
+            def watched(name, x, weight, bias):
+                out = linear(name, x, weight, bias)
+                kinds.add((net.training, out.dtype))
+                return out
+
+            logits = real(inputs, subnet, watched)
+            assert logits.dtype == torch.float32  # losses are computed in it
+            return logits
+
+        monkeypatch.setattr(job.net, "forward", forward)
+        log = finetune.train(job, Silent())
+        assert np.isfinite([loss for _, loss in log.losses]).all()
+        assert all(value.dtype == torch.float32 for value in weights(job.net).values())
+    assert seen["no"] == {(True, torch.float32), (False, torch.float32)}
+    assert seen["bf16"] == {(True, torch.bfloat16), (False, torch.float32)}  # scores stay in float32
+
+
+def test_the_average_of_the_weights_is_what_is_validated_and_kept(tmp_path):
+    job = make_job(tmp_path / "run", recipe="plain", epochs=1, task=Scripted([10, 20]), ema_decay=0.6)
+    album = Album(job.net)
+    finetune.train(job, album)
+    want = album.pictures[0]
+    for step in range(1, 5):
+        decay = min(0.6, (1 + step) / (10 + step))
+        want = {n: decay * want[n].double() + (1 - decay) * album.pictures[step][n].double() for n in want}
+    for name, value in weights(job.net).items():
+        torch.testing.assert_close(value.double(), want[name], rtol=0, atol=1e-6)  # float32 of values around 1, four steps
+    assert not same(weights(job.net), album.pictures[4])
+
+
+def test_scores_of_averaged_weights_are_of_those(tmp_path, monkeypatch):
+    job, shown, real = make_job(tmp_path / "run", ema_decay=0.9), [], finetune._validate
+
+    def validate(job, net, *rest):
+        shown.append(weights(net))
+        return real(job, net, *rest)
+
+    monkeypatch.setattr(finetune, "_validate", validate)
+    album = Album(job.net)
+    log = finetune.train(job, album)
+    best = [score for _, score in log.validation].index(log.best)
+    assert same(shown[best], weights(job.net))
+    assert not same(shown[1], album.pictures[4])  # nor is what training goes on with touched:
+    plain_job = make_job(tmp_path / "plain")
+    other = Album(plain_job.net)
+    finetune.train(plain_job, other)
+    assert all(same(album.pictures[step], other.pictures[step]) for step in album.pictures)
+
+
+def test_the_learning_rate_of_bignas_falls_to_a_floor_and_stays(tmp_path):
+    job = make_job(tmp_path / "run", recipe="bignas", epochs=250, decay_epochs=2.4, warmup=0.0, supernet_learning_rate=0.1)
+    schedule = finetune._Schedule(job, 1000, 4)
+    epochs = np.array([0, 24, 120, 236, 240, 249])
+    # 0.97 per 2.4 epochs, and 0.05 once that is reached: after 2.4 ln 0.05 / ln 0.97 = 236.04 epochs
+    want = 0.1 * np.maximum(0.05, 0.97 ** (epochs / 2.4))
+    np.testing.assert_allclose([schedule(int(4 * e)) for e in epochs], want, rtol=1e-9)
+    assert [schedule(4 * 237), schedule(999)] == [pytest.approx(0.005)] * 2
+    scaled = replace(job, terms=replace(job.terms, decay_epochs=0.0, rate_floor=0.1))
+    schedule = finetune._Schedule(scaled, 901, 4)
+    np.testing.assert_allclose([schedule(s) for s in (1, 301, 601, 800, 900)], [0.1, 0.1 * 0.1**0.5, 0.01, 0.01, 0.01], rtol=1e-3)
+
+
+def test_a_decay_of_weights_is_one_per_step_for_bignas_too(tmp_path):
+    """With a learning rate and no gradient that is not zero, what is left of a step is the decay: once, though four networks ran."""
+    job = make_job(tmp_path / "run", recipe="bignas", epochs=1, weight_decay=0.5, warmup=0.0)
+    job = replace(job, settings=msgspec.structs.replace(job.settings, supernet_learning_rate=0.1))
+
+    class Nothing:
+        def __getattr__(self, name):
+            return getattr(TASK, name)
+
+        def loss(self, logits, *rest):
+            return 0 * logits.sum()
+
+        def distillation(self, logits, *rest):
+            return 0 * logits.sum()
+
+    before = weights(job.net)
+    album = Album(job.net)
+    finetune.train(replace(job, terms=replace(job.terms, task=Nothing())), album)
+    for name, value in album.pictures[1].items():
+        factor = 1 - 0.1 * 0.5 if value.ndim > 1 else 1
+        torch.testing.assert_close(value, factor * before[name], rtol=1e-6, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------- recipes
+
+
+def test_bignas_is_a_sandwich_that_learns_from_its_biggest():
+    rng, n, rho = np.random.default_rng(0), 2, 2.0
+    logits, labels = rng.standard_normal((2 + n, 5, 4)), np.array([0, 3, 1, 1, 2])
+    net, space = Outputs(logits), make_space(make_net())
+    recipe = plugins.get("recipes", "bignas")
+    terms = Terms(TASK, None, 0.3, 1.0, rho, n)
+    losses, modes = [], []
+    for loss in recipe.losses(net, space, StepBatch({}, torch.tensor(labels), None), np.random.default_rng(5), terms):
+        losses.append(float(loss))
+        modes.append(net.training)
+        loss.backward()
+    assert losses[0] == pytest.approx(cross_entropy(logits[0], labels))
+    assert losses[1:] == [pytest.approx(kl(z, logits[0], rho)) for z in logits[1:]]
+    assert net.points[0] == spaces.smallest(space)
+    assert len(set(net.points)) == 1 + n
+    assert modes == [True, False, False, False]  # dropout for the biggest alone
+    soft = softmax(logits[0])
+    soft[np.arange(5), labels] -= 1
+    np.testing.assert_allclose(net.logits[0].grad, soft / 5, atol=1e-12)  # the labels' gradient; nothing from its pupils
+
+
+def test_spos_is_one_uniform_network_and_its_labels():
+    space, recipe, terms = make_space(make_net()), plugins.get("recipes", "spos"), Terms(TASK, None, 0.3, 1.0, 1.0, 1)
+    logits, labels = np.random.default_rng(0).standard_normal((2, 5, 3)), np.array([0, 2, 1, 1, 2])
+    depths = []
+    for seed in range(200):
+        net = Outputs(logits)
+        (loss,) = recipe.losses(net, space, StepBatch({}, torch.tensor(labels), None), np.random.default_rng(seed), terms)
+        assert float(loss) == pytest.approx(cross_entropy(logits[1], labels))
+        depths.append(dict(net.points[0].architecture)["depth"])
+    assert abs(np.mean(np.array(depths) == 1) - 0.5) < 0.15  # two depths, 200 draws: a deviation is 0.035
+
+
+# ---------------------------------------------------------------------------------------------- what it starts from
+
+
+def plan(folder: Path, **changes) -> finetune.Plan:
+    net = make_net()
+    finetune.store_model(net, folder / "model", {})
+    target = Target(device="d", backend="made-up", workload=net.family.workload(net.config, 1, 0))
+
+    def space_of(config, order):
+        return network.search_space(net.family, config, Backend(), target, "m", order)
+
+    settings = FinetuneSettings(batch_size=8, learning_rate=1e-2, teacher_epochs=1, epochs=1, **changes)
+    return finetune.Plan(
+        family=net.family, model=folder / "model", head={"num_labels": 3}, space_of=space_of, train=split(36, 1), validation=split(24, 2),
+        task=TASK, metric="accuracy", settings=settings, seed=3, out=folder / "run",
+    )  # fmt: skip
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("recipe", ["instatune", "bignas"])
+@pytest.mark.parametrize("start", ["teacher", "pretrained", "random"])
+def test_a_super_network_starts_from_what_was_asked_for(start, recipe, tmp_path, monkeypatch):
+    made, real = plan(tmp_path, start=start, recipe=recipe), finetune.train
+    begun, rates = {}, {}
+
+    def train(job, progress):
+        begun[job.folder.name], rates[job.folder.name] = weights(job.net), finetune.peak_rate(job.recipe, job.settings, job.net.config)
+        if job.folder.name == "supernet":
+            raise Stopped
+        return real(job, progress)
+
+    monkeypatch.setattr(finetune, "train", train)
+    with pytest.raises(Stopped):
+        finetune.finetune(made, Silent())
+    teacher, given = (finetune.load_file(folder / "model.safetensors") for folder in (made.out / "teacher", made.model))
+    begun = {n.removeprefix("model."): v for n, v in begun["supernet"].items()}
+    sums = {n: float(v.double().abs().sum()) for n, v in begun.items()}  # an order of units changes no sum
+    source = {"teacher": teacher, "pretrained": given}.get(start)
+    assert rates == {"teacher": 1e-2, "supernet": 5e-3 if start == "teacher" else 1e-2}
+    assert (made.out / "training" / "teacher_logits.npy").is_file() == (recipe == "instatune")
+    if source is not None:
+        assert sums == {n: pytest.approx(float(v.double().abs().sum()), rel=1e-6) for n, v in source.items()}
+        return
+    assert not any(np.isclose(sums[n], float(v.double().abs().sum()), rtol=1e-3) for n, v in given.items() if v.ndim > 1)
+    last = {n for n in sums if n.endswith(("out.weight", "out.bias"))}
+    assert len(last) == 4
+    zero = {n for n, total in sums.items() if total == 0}
+    assert (last <= zero) == (recipe == "bignas")
+
+
+def test_pretrained_weights_are_put_into_the_teachers_order(tmp_path, monkeypatch):
+    """Every unit of the start is where the same unit of the ordered teacher is, so that prefixes keep what the teacher found important."""
+    made, begun, real = plan(tmp_path, start="pretrained"), {}, finetune.train
+
+    def train(job, progress):
+        if job.folder.name == "supernet":
+            begun["net"] = weights(job.net)
+            raise Stopped
+        return real(job, progress)
+
+    monkeypatch.setattr(finetune, "train", train)
+    with pytest.raises(Stopped):
+        finetune.finetune(made, Silent())
+    ordered = Supernet(made.family, made.family.load(str(made.out / "teacher")))
+    finetune.sort_by_importance(ordered, lambda order: made.space_of(ordered.config, order), made.train, TASK)
+    teacher, given = (finetune.load_file(folder / "model.safetensors") for folder in (made.out / "teacher", made.model))
+    for i in range(2):
+        name = f"blocks.{i}.up.bias"
+        where = [int(np.flatnonzero(teacher[name].numpy() == value)[0]) for value in weights(ordered.model)[name].numpy()]
+        assert where != sorted(where)
+        np.testing.assert_array_equal(begun["net"][f"model.{name}"], given[name][where])

@@ -6,6 +6,7 @@ import ast
 import importlib
 import json
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -138,3 +139,45 @@ def test_the_version_is_that_of_the_package_that_is_imported(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(sys, "path", [])
         assert kit_template.package_version("onnxruntime") == ""
+
+
+class Options:
+    """Session options that note what is set, as a provider would get them."""
+
+    def __init__(self):
+        self.entries = {}
+
+    def add_session_config_entry(self, name, value):
+        self.entries[name] = value
+
+
+def gpu_kit(takes):
+    """A kit by a stand-in of onnxruntime with CUDA, which has kernels for the files that `takes` names."""
+
+    class Session:
+        def __init__(self, path, options, providers, disabled_optimizers):
+            self.providers = [providers[0][0], "CPUExecutionProvider"]
+            if options.entries.get("session.disable_cpu_ep_fallback") == "1" and Path(path).parent.name not in takes:
+                raise RuntimeError("This session contains graph nodes that are assigned to the default CPU EP")
+
+        def get_providers(self):
+            return self.providers
+
+        def get_outputs(self):
+            return []
+
+        def run(self, names, inputs):
+            return [np.ones(1, np.float32)]
+
+    runtime = types.SimpleNamespace(
+        SessionOptions=Options, GraphOptimizationLevel=types.SimpleNamespace(ORT_ENABLE_ALL=1), InferenceSession=Session, __version__="1",
+    )  # fmt: skip
+    graphs = {name: {"id": name, "parts": [{"name": "model.onnx"}], "inputs": []} for name in ("a", "b")}
+    fields = {"graphs": graphs, "runtime": runtime, "session": {}, "provider": "cuda"}
+    return types.SimpleNamespace(**fields, target={"backend": "onnxruntime", "threads": 1}, data={"seed": 0})
+
+
+def test_what_a_gpu_leaves_to_the_processor_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(kit_template, "restore", lambda part, folder, seed: (folder / part["name"]).write_bytes(b""))
+    assert kit_template.check(gpu_kit({"a"})) == 0
+    assert capsys.readouterr().out.splitlines() == ["[1/2] the reference: runs", "[2/2] the reference: runs, in part on the processor"]

@@ -23,8 +23,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "samples": ("preprocess", "data_sources", "data"),
     "plug-ins": plugins.FOLDERS,
     "shared": (
-        "settings", "targets", "network", "models", "supernet", "lowering", "pass_check", "scoring", "accuracy", "engine", "variants",
-        "several", "fronts",
+        "settings", "targets", "network", "models", "supernet", "quantization_aware", "checkpoint", "lowering", "pass_check", "scoring",
+        "accuracy", "engine", "variants", "several", "fronts",
     ),
     "stages": ("profiler", "finetune", "search", "build", "measure", "rerank", "report"),
     "kits": ("kit", "kit_import", "kit_limits", "remote", "remote_device"),
