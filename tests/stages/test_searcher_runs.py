@@ -11,7 +11,7 @@ from nascompile.settings import Budgets
 
 
 @pytest.mark.parametrize(("searcher", "budgets"), [
-    ("ehvi", Budgets(max_drop=20.0)), ("ehvi", Budgets(max_drop=20.0, size_mb=0.011)), ("linas-table", Budgets(max_drop=20.0)),
+    ("ehvi", Budgets(max_drop=20.0)), ("ehvi", Budgets(max_drop=20.0, size_mb=0.03)), ("linas-table", Budgets(max_drop=20.0)),
     ("mip", Budgets(max_drop=20.0)),
 ])  # fmt: skip
 def test_a_run_ends_with_a_front_within_its_budgets(searcher, budgets, quick, elsewhere):
