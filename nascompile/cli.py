@@ -146,7 +146,7 @@ FLAGS = {
         Flag("--seed", "seed", int, "Of everything drawn at random.", "N"),
     ),
     "Search": (
-        Flag("--searcher", "search.searcher", str, "nsga2, random, …", "NAME"),
+        Flag("--searcher", "search.searcher", str, "nsga2, ehvi, linas, mip, …", "NAME"),
         Flag("--objective", "search.objectives", list[str], "Beside error: latency_ms, size_mb, macs_m, worst-ratio.", "NAME"),
         Flag("--evaluations", "search.evaluations", int, "Candidates scored at most.", "N"),
         Flag("--top-k", "measure.top_k", int, "Candidates built and measured.", "N"),

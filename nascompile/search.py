@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,31 @@ from nascompile.accuracy import Evaluator, ladder
 from nascompile.errors import BudgetError
 from nascompile.families import Family
 from nascompile.progress import Progress
-from nascompile.records import Budget, Candidate, Differences, Elsewhere, Evaluation, Front, LatencyTable, Score, SearchSpace, Target
+from nascompile.records import (
+    Budget,
+    Candidate,
+    Differences,
+    Elsewhere,
+    Evaluation,
+    Front,
+    LatencyTable,
+    Node,
+    Operator,
+    OperatorGraph,
+    Score,
+    SearchSpace,
+    TableRow,
+    Target,
+)  # fmt: skip
 from nascompile.scoring import drop, gain, worst
+from nascompile.searchers import Price, Problem
 from nascompile.settings import SearchSettings
 from nascompile.targets import label
 
 IDLE_ROUNDS = 25
 """Rounds in which every proposal was over budget or known before the search gives up on finding more."""
+UNKNOWN = 1e6
+"""What stands for the score of a candidate that has none."""
 DROP_SLACK = 1.0
 """Points beyond `max_drop` that the search still explores, so that the border is seen from both sides."""
 
@@ -50,6 +69,47 @@ class Pricing:
         parameters, macs = sum(node.parameters for node in graph.nodes), sum(node.macs for node in graph.nodes)
         return {"latency_ms": latency.value, "size_mb": size / 1e6, "macs_m": macs / 1e6}, latency, size, parameters, macs
 
+    def costs(self, point: Candidate) -> dict[str, float]:
+        """{metric: value} as above, thousands of candidates a second: blocks are remembered."""
+        keys = self._blocks(point)
+        if any(key not in self._known for key in keys):
+            graph = network.graph(self.family, self.config, self.space, point, self.target)
+            latency_table.predict(self.table, graph)
+            self._known.update(zip(keys, graph.nodes, strict=True))
+        graph = OperatorGraph(nodes=tuple(self._known[key] for key in keys))
+        latency, size = latency_table.total(self.table, self._rows, graph), sum(node.size_bytes for node in graph.nodes)
+        macs = sum(node.macs for node in graph.nodes)
+        return {"latency_ms": latency, "size_mb": (self.structure_bytes + size) / 1e6, "macs_m": macs / 1e6}
+
+    def _blocks(self, point: Candidate) -> list[tuple[Any, ...]]:
+        """What decides the costs of each of the candidate's blocks, in execution order."""
+        chosen, layers = dict(point.architecture), set(spaces.kept_layers(self.space, point))
+        kept = [(segment, genes) for segment, genes in self._segments if segment.layer is None or segment.layer in layers]
+        names = [network.block_precision(self.space, point, segment, self.target.id).name for segment, _ in kept]
+        state = (max(layers, default=None), any(self._dynamic[name] for name in names))  # what is computed for the first token only
+        return [(s.name, *(chosen.get(gene) for gene in genes), name, state) for (s, genes), name in zip(kept, names, strict=True)]
+
+    @cached_property
+    def _segments(self) -> list[tuple[Any, tuple[str, ...]]]:
+        groups, known = self.family.groups(self.config), {gene.name for gene in self.space.genes}
+        found = []
+        for segment in self.family.segments(self.config):
+            own = (group.gene for group in groups if any(p in segment.parameters for p, _ in group.members))
+            found.append((segment, tuple(gene for gene in dict.fromkeys(own) if gene in known)))
+        return found
+
+    @cached_property
+    def _known(self) -> dict[tuple[Any, ...], Node]:
+        return {}
+
+    @cached_property
+    def _rows(self) -> dict[Operator, TableRow]:
+        return {row.operator: row for row in self.table.rows}
+
+    @cached_property
+    def _dynamic(self) -> dict[str, bool]:
+        return {"fp32": False, **{precision.name: precision.dynamic for precision in self.space.precisions}}
+
 
 def search(
     evaluator: Evaluator, pricing: Pricing, baseline: Score, budgets: tuple[Budget, ...], settings: SearchSettings, seed: int,
@@ -62,9 +122,9 @@ def search(
     began, space, aim = time.monotonic(), pricing.space, Aim(settings.objectives, budgets, (pricing, *also))
     known = Known(path, space)
     searcher = plugins.get("searchers", settings.searcher)
-    first = ladder(space)
-    affordable = tuple(p for p in first if aim.over(aim.prices(p)) == 0) or first
-    run = searcher.start(space, aim.count, settings.population, affordable, seed)
+    first, problem = ladder(space), aim.problem(space)
+    affordable = tuple(p for p in first if problem.price(p).over == 0) or first
+    run = searcher.start(problem, settings.population, affordable, seed)
     scored: dict[Candidate, Evaluation] = {}
     idle, nearest = 0, None
     while len(scored) < settings.evaluations and idle < IDLE_ROUNDS and not (scored and time.monotonic() > deadline):
@@ -73,15 +133,16 @@ def search(
             break
         rows, violations, before = [], [], len(scored)
         for point in points:
-            prices = aim.prices(point)
-            over = aim.over(prices)
+            costs = aim.costs(point)
+            over = aim.over(costs)
             if over > 0:
                 if nearest is None or over < nearest[0]:
-                    nearest = (over, point, prices)
+                    nearest = (over, point, costs)
             elif point not in scored and len(scored) < settings.evaluations and not (scored and time.monotonic() > deadline):
-                scored[point] = _evaluate(point, prices, evaluator, known, pricing.foreign)
+                scored[point] = _evaluate(point, aim.prices(point), evaluator, known, pricing.foreign)
                 progress.step("candidates scored", len(scored), settings.evaluations)
-            rows.append(aim.objectives(prices, worst(scored[point]) if point in scored else None))
+            values = aim.objectives(costs, worst(scored[point]) if point in scored else None)
+            rows.append([UNKNOWN if value is None else value for value in values])
             violations.append(over if over > 0 else _drop_violation(scored.get(point), baseline, budgets))
         run.tell(points, np.array(rows), np.array(violations))
         idle = idle + 1 if len(scored) == before else 0
@@ -89,7 +150,7 @@ def search(
         raise _unaffordable(nearest, aim, space)
     evaluations = list(scored.values())
     _require_accuracy(evaluations, baseline, budgets)
-    matrix = np.array([aim.objectives(aim.prices(e.candidate), worst(e)) for e in evaluations])
+    matrix = np.array([aim.objectives(aim.costs(e.candidate), worst(e)) for e in evaluations], dtype=float)
     chosen = sorted((evaluations[i] for i in pareto.front(matrix)), key=lambda e: (e.latency.value, -gain(worst(e)), e.candidate.id))
     return Front(
         space=space, target=pricing.target, objectives=settings.objectives, budgets=budgets, evaluations=tuple(chosen),
@@ -98,8 +159,8 @@ def search(
     )  # fmt: skip
 
 
-Price = tuple[dict[str, float], Any, int, int, int]
-"""What a Pricing says of a candidate."""
+Costs = Sequence[dict[str, float]]
+"""{metric: value} of a candidate on every target."""
 
 
 @dataclass(frozen=True)
@@ -115,32 +176,45 @@ class Aim:
         """Objectives: a latency is one per target."""
         return sum(len(self.pricings) if name == "latency_ms" else 1 for name in self.names)
 
-    def prices(self, point: Candidate) -> tuple[Price, ...]:
-        """The candidate's costs on every target."""
+    def problem(self, space: SearchSpace) -> Problem:
+        """What searchers are told."""
+        bounded = any(budget.metric != "drop" for budget in self.budgets)
+        return Problem(space, self.count, self._price, bounded)
+
+    def _price(self, point: Candidate) -> Price:
+        costs = self.costs(point)
+        return Price(tuple(self.objectives(costs, None)), self.over(costs))
+
+    def prices(self, point: Candidate) -> tuple[tuple[dict[str, float], Any, int, int, int], ...]:
+        """What each Pricing says of the candidate."""
         return tuple(pricing(point) for pricing in self.pricings)
 
-    def objectives(self, prices: Sequence[Price], score: Score | None) -> list[float]:
-        """In the order of the names; `score` is the worst of the targets', as the largest size is."""
-        found = []
+    def costs(self, point: Candidate) -> Costs:
+        """The candidate's costs on every target."""
+        return tuple(pricing.costs(point) for pricing in self.pricings)
+
+    def objectives(self, costs: Costs, score: Score | None) -> list[float | None]:
+        """In the order of the names, None for the error without a score; `score` is the worst of the targets', as the largest size is."""
+        found: list[float | None] = []
         for name in self.names:
             if name == "error":
-                found.append(1e6 if score is None else -gain(score))
+                found.append(None if score is None else -gain(score))
             elif name == "latency_ms":
-                found += [costs["latency_ms"] for costs, *_ in prices]
+                found += [each["latency_ms"] for each in costs]
             elif name == "worst_ratio":
-                found.append(max(cost / budget.bound for budget, cost in self.bounded(prices) if budget.metric == "latency_ms"))
+                found.append(max(cost / budget.bound for budget, cost in self.bounded(costs) if budget.metric == "latency_ms"))
             else:
-                found.append(max(costs[name] for costs, *_ in prices))
+                found.append(max(each[name] for each in costs))
         return found
 
-    def bounded(self, prices: Sequence[Price]) -> list[tuple[Budget, float]]:
+    def bounded(self, costs: Costs) -> list[tuple[Budget, float]]:
         """Every budget of a cost, with the cost."""
         index = {pricing.target.id: i for i, pricing in enumerate(self.pricings)}
-        return [(b, prices[index.get(b.target, 0)][0][b.metric]) for b in self.budgets if b.metric in prices[0][0]]
+        return [(b, costs[index.get(b.target, 0)][b.metric]) for b in self.budgets if b.metric in costs[0]]
 
-    def over(self, prices: Sequence[Price]) -> float:
+    def over(self, costs: Costs) -> float:
         """Sum of relative excesses over the cost budgets."""
-        return sum(max(0.0, cost / budget.bound - 1) for budget, cost in self.bounded(prices))
+        return sum(max(0.0, cost / budget.bound - 1) for budget, cost in self.bounded(costs))
 
     def named(self, budget: Budget) -> str:
         """The target a budget is for, as it may be written; empty where there is one."""
@@ -183,7 +257,7 @@ def _by(scored: Any) -> tuple[str, str, str]:
     return (scored.evaluator_digest, scored.split_digest, scored.weights_digest)
 
 
-def _evaluate(point: Candidate, prices: Sequence[Price], evaluator: Evaluator, known: Known, foreign: Differences) -> Evaluation:
+def _evaluate(point: Candidate, prices: Sequence[Any], evaluator: Evaluator, known: Known, foreign: Differences) -> Evaluation:
     """With the journal's score where the same network with the same precisions was ever scored, else scored now; on every target."""
     scores, seconds = [], 0.0
     for number, (target, genes) in enumerate(point.precision):
@@ -226,14 +300,14 @@ def _unaffordable(nearest: Any, aim: Aim, space: SearchSpace) -> BudgetError:
     asked = ", ".join(" ".join(filter(None, (b.metric, "≤", f"{b.bound:g}", aim.named(b) and f"on {aim.named(b)}"))) for b in costs)
     if nearest is None:
         return BudgetError(f"no candidate could be tried within {asked}", hint="raise `--time`")
-    _, point, prices = nearest
-    many = len(prices) > 1
-    found = [", ".join(f"{name} {value:.3g}" for name, value in costs.items()) for costs, *_ in prices]
+    _, point, spent = nearest
+    many = len(spent) > 1
+    found = [", ".join(f"{name} {value:.3g}" for name, value in costs.items()) for costs in spent]
     if many:
         found = [f"{label(p.target)}: {text}" for p, text in zip(aim.pricings, found, strict=True)]
     detail = f"nearest: {'; '.join(found)} ({_shape(point)})"
     changes = []
-    for b, cost in aim.bounded(prices):
+    for b, cost in aim.bounded(spent):
         if cost > b.bound:
             on = f"{aim.named(b)}=" if many and b.metric == "latency_ms" else ""
             changes.append(f"`--{b.metric.replace('_', '-')}` to {on}{_ceil(cost):.3g}")
@@ -269,5 +343,3 @@ def _shape(point: Candidate) -> str:
     for name, value in point.architecture:
         widths.setdefault(name.rpartition(".")[2], []).append(value)
     return ", ".join(f"{name}={'/'.join(map(str, values))}" for name, values in widths.items())
-
-

@@ -72,7 +72,8 @@ class SearchSettings(Record, frozen=True):
     """What is searched, how long, and how a candidate is scored."""
 
     searcher: str = "nsga2"
-    """What proposes candidates."""
+    """What proposes candidates: ehvi needs the fewest scores (docs/method.md); nsga2, and nsga3 for three and more objectives, breed;
+    linas breeds on predictions, linas-table on predicted scores and known costs; mip solves for sums of single changes' damages."""
     objectives: tuple[str, ...] = ("error", "latency_ms")
     """Two or more of error, latency_ms, size_mb, macs_m, worst_ratio; all minimized. With several devices error and size_mb are the worst
     over them, latency_ms is an objective for each; worst_ratio is the largest latency relative to its budget, one for all devices."""
@@ -282,7 +283,7 @@ def check(recipe: Recipe) -> Recipe:
     if recipe.budgets in (Budgets(), Budgets(latency_ms={})):
         faults.append("no budget: give at least one of --max-drop, --latency-ms, --size-mb, --macs-m")
     for folder, name in (("tasks", recipe.task), ("recipes", f.recipe), ("searchers", s.searcher)):
-        if name not in plugins.names(folder):
+        if name.replace("-", "_") not in plugins.names(folder):
             faults.append(f"{folder.rstrip('s')} = {name}: one of {', '.join(plugins.names(folder))}")
     if not faults and recipe.metric and recipe.metric not in (known := plugins.get("tasks", recipe.task).metrics):
         faults.append(f"metric = {recipe.metric}: one of {', '.join(known)}")
