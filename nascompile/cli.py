@@ -275,10 +275,10 @@ def build(
             "--candidate takes its settings from the run, all but --device and --backend and --tune-session",
             hint=f"nascompile build --out {folder} --candidate {candidate}",
         )
-    from nascompile import engine as engines, pipeline
+    from nascompile import beside, engine as engines
 
     with _progress(quiet) as progress, redirect_stdout(sys.stderr):
-        engine = pipeline.build_candidate(
+        engine = beside.build_candidate(
             folder, candidate, progress, backend=given.get("backend", ""), precision=precision,
             device=given["device"] + (f"::{given['threads']}" if "threads" in given else "") if "device" in given else "",
             tune_session=given.get("measure.tune_session"),
@@ -295,10 +295,10 @@ def _print_passes(out: Path, engines: Sequence[Path], as_json: bool, quiet: bool
     """What each pass did to each engine's graph."""
     import msgspec
 
-    from nascompile import pipeline
+    from nascompile import beside
 
     with _progress(quiet) as progress, redirect_stdout(sys.stderr):
-        found = {engine: pipeline.check_passes(engine, progress) for engine in engines}
+        found = {engine: beside.check_passes(engine, progress) for engine in engines}
     if as_json:
         return _print_json(
             {"run": str(out), "engines": [{"engine": str(e), "passes": msgspec.to_builtins(checks)} for e, checks in found.items()]}
@@ -500,10 +500,10 @@ def validate(
     latency_table.check_environment(found, environment)
     ratio = None
     if canary:
-        from nascompile import pipeline
+        from nascompile import beside
 
         with redirect_stdout(sys.stderr):
-            ratio = pipeline.canary(found, model, run_folder)
+            ratio = beside.canary(found, model, run_folder)
     noisy = sum(row.noisy for row in found.rows)
     if as_json:
         facts = {"rows": len(found.rows), "noisy": noisy, "networks": len(found.validation), "relative_error": found.relative_error}
@@ -624,7 +624,7 @@ def kit_export(
     """Write graphs of every operator and a script that times them with NumPy and the runtime alone."""
     import msgspec
 
-    from nascompile import kit, pipeline, records, settings
+    from nascompile import beside, kit, records, settings
 
     if (run is None) == (not model):
         raise RecipeError("a kit is for one model: name a run folder or a --model", hint="nascompile kit export --model ID --out FOLDER")
@@ -637,7 +637,7 @@ def kit_export(
     changed = {"device": device, "backend": backend, "threads": threads or recipe.threads, "seed": recipe.seed if seed is None else seed}
     recipe = msgspec.structs.replace(recipe, **({"model": model} if model else {}), **changed)
     with _progress(quiet) as progress, redirect_stdout(sys.stderr):
-        made = pipeline.export_kit(
+        made = beside.export_kit(
             recipe, run, out, progress, provider=kit.provider(provider), processor=processor, max_length=max_length, labels=labels,
             seconds=seconds, networks=networks,
         )  # fmt: skip
@@ -661,10 +661,10 @@ def kit_import(
     quiet: Quiet = False,
 ) -> None:
     """Check what came back from a device and make its latency table; print the path."""
-    from nascompile import pipeline
+    from nascompile import beside
 
     with _progress(quiet) as progress, redirect_stdout(sys.stderr):
-        path, table = pipeline.import_kit(results, kit, folder, progress)
+        path, table = beside.import_kit(results, kit, folder, progress)
     noisy = sum(row.noisy for row in table.rows)
     if as_json:
         return _print_json({"table": str(path), "rows": len(table.rows), "noisy": noisy, "relative_error": table.relative_error})

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from nascompile import cli, kit, kit_import, latency_table, network, pipeline, records, remote
+from nascompile import beside, cli, kit, kit_import, latency_table, network, records, remote
 from nascompile.errors import RecordError, TableError, UnsupportedError
 from nascompile.kit import KitManifest
 from nascompile.progress import Silent
@@ -26,7 +26,7 @@ def exported(tmp_path_factory):
     """A kit of the toy network; it was not run."""
     folder = tmp_path_factory.mktemp("kits")
     recipe = msgspec.structs.replace(toy_recipe(), device="cpu", backend="onnxruntime")
-    pipeline.export_kit(recipe, None, folder / "kit", processor="arm")
+    beside.export_kit(recipe, None, folder / "kit", processor="arm")
     return folder / "kit"
 
 

@@ -28,7 +28,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "stages": ("profiler", "finetune", "search", "build", "measure", "rerank", "report"),
     "kits": ("kit", "kit_import", "remote"),
-    "pipeline": ("pipeline",),
+    "pipeline": ("pipeline", "beside"),
     "surface": ("api", "terminal", "cli", "__main__"),
 }
 SEPARATE = ("stages", "plug-ins")
