@@ -10,13 +10,13 @@ from typing import Any
 import msgspec
 
 import nascompile
-from nascompile import build, kit, kit_import, latency_table, models, network, plugins, profiler, targets
+from nascompile import build, explain, fronts, kit, kit_import, latency_table, models, network, plugins, profiler, targets
 from nascompile.backends import CrossCompiler
 from nascompile.errors import RecipeError, RecordError, UnsupportedError
 from nascompile.pass_check import PassCheck
-from nascompile.pipeline import DEVICES, Context, Given, locked, tuned
+from nascompile.pipeline import DEVICES, EXPLAIN, Context, Given, locked, tuned
 from nascompile.progress import Progress, Silent
-from nascompile.records import EngineManifest, Evaluation, Front, LatencyTable, Target, load
+from nascompile.records import EngineManifest, Evaluation, Explanation, Front, LatencyTable, Target, digest, load, save
 from nascompile.settings import Recipe
 
 
@@ -57,6 +57,25 @@ def build_candidate(
             return _build_elsewhere(context, e, out / "engines" / "-".join(filter(None, named)), precision)
         context = Context(recipe, out, progress or Silent(), Given())
         return _build_searched(context, e, context.target, number)
+
+
+def explain_search(out: Path, progress: Progress | None = None) -> Explanation:
+    """What the scored candidates of a finished search say of its genes and layers; kept in `explain.json`, where the report finds it."""
+    recipe = load(out / "recipe.json", Recipe)
+    with locked(out):
+        front = load(out / "front.json", Front)
+        path = out / EXPLAIN
+        if path.is_file() and (found := load(path, Explanation)).front_digest == digest(front):
+            return found
+        context = Context(recipe, out, progress or Silent(), Given())
+        pricings = (context.pricing, *context.further_pricing)
+        scored = fronts.scored(out / "journal.jsonl", front)
+        found = explain.explain(
+            front.space, front, scored, lambda point: tuple(pricing(point)[0]["latency_ms"] for pricing in pricings), recipe.seed,
+            context.progress,
+        )  # fmt: skip
+        save(found, path)
+        return found
 
 
 def _build_searched(context: Context, e: Evaluation, target: Target, number: int) -> Path:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 STAGES = {
     "profile": "Time the operators of the model's search space on the device, or find a table that has them.",
     "finetune": "Train the teacher and the super-network.",
-    "search": "Search sub-networks and precisions; writes the Pareto front.",
+    "search": "Search sub-networks and precisions; writes the Pareto front. Ctrl-C ends it with what it has, twice quits.",
     "build": "Build the engines of the front's best candidates and of the baselines; with --candidate, one more.",
     "measure": "Run the engines: latency, throughput, memory, validation score.",
     "rerank": "Correct the predictions by the measurements, choose an engine, then read test once.",
@@ -148,6 +148,9 @@ FLAGS = {
         Flag("--searcher", "search.searcher", str, "nsga2, random, …", "NAME"),
         Flag("--objective", "search.objectives", list[str], "Beside error: latency_ms, size_mb, macs_m, worst-ratio.", "NAME"),
         Flag("--evaluations", "search.evaluations", int, "Candidates scored at most.", "N"),
+        Flag("--patience", "search.patience", int, "Batches without a better hypervolume after which the search ends.", "N"),
+        Flag("--workers", "search.workers", int, "Processes that score; default: one a core where it takes long.", "N"),
+        Flag("--ray", "search.ray", str, "Score on a Ray cluster: auto, HOST:PORT, ray://HOST:PORT.", "ADDRESS"),
         Flag("--top-k", "measure.top_k", int, "Candidates built and measured.", "N"),
         Flag("--tune-session/--no-tune-session", "measure.tune_session", bool, "Choose every engine's session settings by timing them."),
     ),
@@ -315,8 +318,38 @@ def _print_passes(out: Path, engines: Sequence[Path], as_json: bool, quiet: bool
         _print_columns(("nodes", "change", "SQNR dB", "kind", "pass"), rows, right=3)
 
 
+@with_settings
+def search(
+    given: Mapping[str, Any],
+    recipe: RecipeFile = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say what each gene matters for accuracy and latency, and which layers can be thinned.")
+    ] = False,
+    out: Out = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Search; with --explain, say what was learned."""
+    chosen, folder = recipe_and_folder(recipe, out, given)
+    if not _run(chosen, folder, "search", quiet):
+        return None
+    if not explain:
+        return _print_stage(folder, "search", as_json)
+    import msgspec
+
+    from nascompile import beside, explain as explaining
+
+    with _progress(quiet) as progress, redirect_stdout(sys.stderr):
+        found = beside.explain_search(folder, progress)
+    if as_json:
+        return _print_json({"run": str(folder), **msgspec.to_builtins(found)})
+    for line in explaining.lines(found):
+        typer.echo(line)
+    typer.echo(f"`nascompile report --out {folder}` has it as a chart", err=True)
+
+
 for _stage, _help in STAGES.items():
-    app.command(_stage, help=_help)(build if _stage == "build" else _stage_command(_stage))
+    app.command(_stage, help=_help)({"build": build, "search": search}.get(_stage) or _stage_command(_stage))
 
 
 def recipe_and_folder(path: Path | None, out: Path | None, given: Mapping[str, Any]) -> tuple[Recipe, Path]:

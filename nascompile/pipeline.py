@@ -41,6 +41,7 @@ from nascompile import (
     space as spaces,
     targets,
     variants,
+    workers,
 )
 from nascompile.accuracy import Evaluator, best_method
 from nascompile.backends import CrossCompiler
@@ -79,9 +80,10 @@ from nascompile.records import (
     write_atomic,
 )
 from nascompile.search import Pricing, search
-from nascompile.settings import DEMO, TOY, Recipe
+from nascompile.settings import DEMO, TOY, Recipe, SearchSettings
 from nascompile.space import largest, uniform
 from nascompile.supernet import Supernet, extract
+from nascompile.worker import Bench
 
 STAGES = ("data", "profile", "finetune", "search", "build", "measure", "rerank", "report")
 DEVICES = "devices"
@@ -90,10 +92,14 @@ FIXED = ("model", "new_head", "data", "task", "metric", "device", "backend", "th
 """Settings that make another run of it: what was measured and scored does not carry over."""
 DECIDING = ("budgets", "finetune", "search", "measure", "also")
 """Settings that lead to a choice: fixed once test has been read for one."""
+IDLE = ("workers", "ray")
+"""Settings of a search that change nothing but how long it takes."""
 TEACHER_SHARE, FINETUNE_SHARE, SEARCH_SHARE = 0.25, 0.55, 0.8
 """Parts of `minutes` after which the teacher, the super-network and the search come to an end."""
 FOREIGN = "foreign.json"
 """What is foreign about `table.json`; not there where nothing is."""
+EXPLAIN = "explain.json"
+"""What `search --explain` found; not there where nobody asked."""
 
 
 class Method(Record, frozen=True):
@@ -206,11 +212,11 @@ class Context:
                 r.tables, r.allow_foreign, r.search.precisions, *self._further_inputs(),
             ),
             "finetune": lambda: self._training_inputs(),
-            "search": lambda: (after["finetune"], after["profile"], r.search, r.budgets, r.seed),
+            "search": lambda: (after["finetune"], after["profile"], _without(r.search, *IDLE), r.budgets, r.seed),
             "build": lambda: (after["search"], r.measure.top_k, r.measure.safety, *self._rivalry()),
             "measure": lambda: (after["build"], _without(r.measure, "tune_session"), r.seed),
             "rerank": lambda: (after["measure"], r.budgets, r.measure.safety, *(after["profile"] if self.further else ())),
-            "report": lambda: (after, r),
+            "report": lambda: (after, r, *(file_digest(path) for path in [self.out / EXPLAIN] if path.is_file())),
         }
         return read[stage]()
 
@@ -376,6 +382,15 @@ class Context:
         return Evaluator(
             net, folder, self.space, self.task, self.metric, self.split("calibration", "ranges"), self.split("validation", "scores"),
             method, s.calibration_samples, s.validation_samples, self.recipe.seed, self.target.workload.batch,
+        )  # fmt: skip
+
+    def _bench(self, method: str) -> Bench | None:
+        """What other processes need to score the super-network's candidates; None where the metric is only known here."""
+        s = self.recipe.search
+        return None if self.given.metric else Bench(
+            weights=str((self.out / "supernet").resolve()), data=str((self.out / "data").resolve()), family=self.family.name,
+            space=self.space, task=self.recipe.task, metric=self.metric, method=method, calibration_samples=s.calibration_samples,
+            validation_samples=s.validation_samples, seed=self.recipe.seed, batch=self.target.workload.batch,
         )  # fmt: skip
 
     @cached_property
@@ -581,14 +596,18 @@ class Context:
         reference = best.score(largest(self.space))
         save(reference, self.out / "baseline.json")
         self.progress.note(f"baseline {self.metric} {reference.value:.2f} on validation; calibration by {best.method}")
-        front = search(
-            self.evaluator(self.out / "supernet", best.method), self.pricing, reference,
-            self.bounds, self.recipe.search, self.recipe.seed, self.out / "journal.jsonl", self.progress,
-            self.deadline(SEARCH_SHARE), self.further_pricing,
-        )  # fmt: skip
+        evaluator, s = self.evaluator(self.out / "supernet", best.method), self.recipe.search
+        with workers.opened(evaluator, self._bench(best.method), s.workers, s.ray, s.evaluations, self.progress.note) as executor:
+            front = search(
+                evaluator, self.pricing, reference, self.bounds, s, self.recipe.seed, self.out / "journal.jsonl", self.progress,
+                self.deadline(SEARCH_SHARE), self.further_pricing, executor,
+            )  # fmt: skip
+        # every worker is gone by now: engines are never timed while candidates are scored
         front = msgspec.structs.replace(front, absent=tuple((f.target.id, f.absent) for f in self.further if f.absent))
         save(front, self.out / "front.json")
         self.progress.note(f"{front.scored} candidates scored, {len(front.evaluations)} on the front")
+        if front.stopped:
+            self.progress.note(f"the search was stopped early: {front.stopped}; with other `--evaluations` it goes on from these scores")
         return [self.out / name for name in ("calibration.json", "baseline.json", "front.json")]
 
     def _build(self) -> list[Path]:
@@ -856,9 +875,9 @@ def _compared_as(recipe: Recipe) -> str:
     return f"; each {', '.join(said)}" if said else ""
 
 
-def _without(settings: Record, name: str) -> dict[str, Any]:
-    """A record's fields but one, which is written down with another stage."""
-    return {key: value for key, value in msgspec.structs.asdict(settings).items() if key != name}
+def _without(settings: Record, *names: str) -> dict[str, Any]:
+    """A record's fields but some, which are written down with another stage or decide nothing."""
+    return {key: value for key, value in msgspec.structs.asdict(settings).items() if key not in names}
 
 
 def _shareable(config: Any) -> dict[str, Any]:
@@ -933,8 +952,15 @@ def _keep_recipe(recipe: Recipe, out: Path) -> None:
 
 def _differences(before: Recipe, now: Recipe, names: tuple[str, ...]) -> str:
     """One line per setting that is not what it was."""
-    pairs = [(name, getattr(before, name), getattr(now, name)) for name in names]
+    pairs = [(name, *(_deciding(recipe, name) for recipe in (before, now))) for name in names]
     return "\n".join(f"{name}: {old} there, {new} asked for" for name, old, new in pairs if old != new)
+
+
+def _deciding(recipe: Recipe, name: str) -> Any:
+    """A setting, without what has no influence on any result."""
+    if name != "search":
+        return getattr(recipe, name)
+    return msgspec.structs.replace(recipe.search, **{idle: getattr(SearchSettings(), idle) for idle in IDLE})
 
 
 def _test_was_read(out: Path) -> bool:
