@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -41,6 +43,7 @@ AUTOMATIC_MOST = 8
 NODE_SECONDS = 120.0
 """A cluster without room for a worker for so long has lost a node."""
 WATCH_SECONDS = 0.2
+CONNECT_SECONDS = 10.0
 
 
 class Executor(Protocol):
@@ -525,8 +528,10 @@ def _cluster(address: str) -> Iterator[Cluster]:
     own = not ray.is_initialized()
     if own:
         try:
+            if there := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address):  # Ray itself would try for minutes
+                socket.create_connection((there[1].strip("[]"), int(there[2])), CONNECT_SECONDS).close()
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:  # ConnectionError is an OSError
             raise UnsupportedError(
                 f"no Ray cluster at {address}", detail=_first_line(error), hint="`ray start --head` starts one and says its address"
             ) from error
