@@ -716,7 +716,7 @@ def _explain(found: Explanation) -> Json:
         "trust": found.trust, "scored": found.scored, "targets": names, "base": _candidate(found.base),
         "genes": msgspec.to_builtins(genes),
         "layers": [
-            msgspec.to_builtins(t) | {"title": f"Layer {t.layer + 1}" if t.layer >= 0 else "Depth"} for t in layers
+            msgspec.to_builtins(t) | {"title": f"Layer {t.layer + 1}" if t.layer >= 0 else "Fewer layers"} for t in layers
         ],
     }  # fmt: skip
 

@@ -150,11 +150,11 @@
   }
 
   function thinned() {
-    const x = facts.explain, traces = [];
+    const x = facts.explain, traces = [], edge = 0.7 * Math.max(...x.layers.map(t => t.ms[0]));
     for (const [kind, symbol] of [["predicted", "circle-open"], ["scored", "circle"]]) {
-      const rows = x.layers.filter(t => t.kind === kind);
+      const rows = x.layers.filter(t => t.kind === kind).sort((a, b) => a.points - b.points);  // layers alike save alike: names beside each other
       if (rows.length) traces.push({
-        type: "scatter", mode: "markers+text", name: `loss ${kind}`, x: rows.map(t => t.ms[0]), y: rows.map(t => t.points), text: rows.map(t => text(t.title)), textposition: "top center", cliponaxis: false,
+        type: "scatter", mode: "markers+text", name: `loss ${kind}`, x: rows.map(t => t.ms[0]), y: rows.map(t => t.points), text: rows.map(t => text(t.title)), textposition: rows.map((t, i) => i % 2 || t.ms[0] > edge ? "middle left" : "middle right"), cliponaxis: false,
         error_y: {type: "data", array: rows.map(t => t.spread ?? 0), color: colour("accent"), thickness: 1, width: 3}, marker: {symbol, size: 10, color: colour("accent"), line: {width: 1.5}},
         hovertext: rows.map(t => `<b>${text(t.title)}</b><br>${wrap(t.change)}<br>${t.points >= 0 ? "loses" : "gains"} ${fixed(Math.abs(t.points), 2)} points` + (t.spread === null ? " (scored)" : ` ± ${fixed(t.spread, 2)} (predicted)`) + t.ms.map((v, i) => `<br>saves ${fixed(v, 3)} ms${text(x.targets[i])} (table)`).join("")), hoverinfo: "text",
       });

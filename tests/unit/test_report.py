@@ -404,7 +404,7 @@ def test_what_the_search_learned_is_in_the_report_with_its_r2(run: Path) -> None
     records.save(explanation(run), run / "explain.json")
     found = gather(run)["explain"]
     assert [g["gene"] for g in found["genes"]] == ["depth", "layers.0.heads"]
-    assert [(t["title"], t["kind"]) for t in found["layers"]] == [("Layer 3", "scored"), ("Depth", "predicted")]
+    assert [(t["title"], t["kind"]) for t in found["layers"]] == [("Layer 3", "scored"), ("Fewer layers", "predicted")]
     html, markdown, _ = report(run)
     for text in (own_html(html.read_text()), markdown.read_text()):
         assert "0.81" in text
