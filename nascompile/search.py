@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from nascompile import journal, latency_table, network, pareto, plugins, space a
 from nascompile.accuracy import Evaluator, ladder
 from nascompile.errors import BudgetError
 from nascompile.families import Family
-from nascompile.progress import Progress
+from nascompile.progress import Progress, Standing
 from nascompile.records import (
     Budget,
     Candidate,
@@ -37,7 +37,10 @@ from nascompile.records import (
 from nascompile.scoring import drop, gain, worst
 from nascompile.searchers import Price, Problem
 from nascompile.settings import SearchSettings
+from nascompile.stopping import Stopping, gain as growth, reference
 from nascompile.targets import label
+from nascompile.worker import Job
+from nascompile.workers import Executor, Inline
 
 IDLE_ROUNDS = 25
 """Rounds in which every proposal was over budget or known before the search gives up on finding more."""
@@ -113,11 +116,12 @@ class Pricing:
 
 def search(
     evaluator: Evaluator, pricing: Pricing, baseline: Score, budgets: tuple[Budget, ...], settings: SearchSettings, seed: int,
-    path: Path, progress: Progress, deadline: float = float("inf"), also: Sequence[Pricing] = (),
+    path: Path, progress: Progress, deadline: float = float("inf"), also: Sequence[Pricing] = (), executor: Executor | None = None,
 ) -> Front:  # fmt: skip
     """The non-dominated scored candidates within the cost budgets, cheapest first; BudgetError if no candidate meets every budget.
 
     `also`: prices on further targets of the same space. A candidate then has a score and costs on each, and must keep every budget.
+    `executor`: who scores; this process if nobody else. Ctrl-C ends the search with what it has; KeyboardInterrupt if that is nothing.
     """
     began, space, aim = time.monotonic(), pricing.space, Aim(settings.objectives, budgets, (pricing, *also))
     known = Known(path, space)
@@ -126,39 +130,52 @@ def search(
     affordable = tuple(p for p in first if problem.price(p).over == 0) or first
     run = searcher.start(problem, settings.population, affordable, seed)
     scored: dict[Candidate, Evaluation] = {}
-    idle, nearest = 0, None
-    while len(scored) < settings.evaluations and idle < IDLE_ROUNDS and not (scored and time.monotonic() > deadline):
-        points = run.ask()
-        if not points:
-            break
-        rows, violations, before = [], [], len(scored)
-        for point in points:
-            costs = aim.costs(point)
-            over = aim.over(costs)
-            if over > 0:
-                if nearest is None or over < nearest[0]:
-                    nearest = (over, point, costs)
-            elif point not in scored and len(scored) < settings.evaluations and not (scored and time.monotonic() > deadline):
-                scored[point] = _evaluate(point, aim.prices(point), evaluator, known, pricing.foreign)
-                progress.step("candidates scored", len(scored), settings.evaluations)
-            values = aim.objectives(costs, worst(scored[point]) if point in scored else None)
-            rows.append([UNKNOWN if value is None else value for value in values])
-            violations.append(over if over > 0 else _drop_violation(scored.get(point), baseline, budgets))
-        run.tell(points, np.array(rows), np.array(violations))
-        idle = idle + 1 if len(scored) == before else 0
+    outcomes: list[list[float]] = []
+    idle, nearest, stopped = 0, None, ""
+    score = Scoring(evaluator, executor or Inline(evaluator), known, pricing.foreign)
+    with Stopping(deadline, settings.patience, progress.note) as stop:
+        while len(scored) < settings.evaluations and not stopped:
+            points = run.ask()
+            if not points:
+                break
+            costs = {point: aim.costs(point) for point in points}
+            overs = {point: aim.over(costs[point]) for point in costs}
+            for point, over in overs.items():
+                if over > 0 and (nearest is None or over < nearest[0]):
+                    nearest = (over, point, costs[point])
+            new = [point for point in costs if overs[point] <= 0 and point not in scored][: settings.evaluations - len(scored)]
+            found: dict[Candidate, Evaluation] = {}
+            for evaluation in score({point: aim.prices(point) for point in new}, stop.go_on):
+                found[evaluation.candidate] = evaluation
+                stop.scored += 1
+                progress.step("candidates scored", stop.scored, settings.evaluations, stop.left())
+            done = [point for point in new if point in found]  # in the order of the asks, whoever was first to come back
+            scored.update((point, found[point]) for point in done)
+            outcomes += [aim.values(costs[point], worst(found[point])) for point in done]
+            rows = [aim.values(costs[p], worst(scored[p]) if p in scored else None) for p in points]
+            violations = [overs[p] if overs[p] > 0 else _drop_violation(scored.get(p), baseline, budgets) for p in points]
+            run.tell(points, np.array(rows), np.array(violations))
+            idle = 0 if done else idle + 1
+            stopped = stop.after(np.array(outcomes)) or f"nothing new in {IDLE_ROUNDS} rounds" * (idle == IDLE_ROUNDS)
+            if done:
+                progress.standing(_standing(list(scored.values()), np.array(outcomes), len(done), aim, settings.evaluations))
+    if not scored and stop.interrupted:
+        raise KeyboardInterrupt
     if not scored:
         raise _unaffordable(nearest, aim, space)
     evaluations = list(scored.values())
     _require_accuracy(evaluations, baseline, budgets)
-    matrix = np.array([aim.objectives(aim.costs(e.candidate), worst(e)) for e in evaluations], dtype=float)
+    matrix = np.array(outcomes)
     chosen = sorted((evaluations[i] for i in pareto.front(matrix)), key=lambda e: (e.latency.value, -gain(worst(e)), e.candidate.id))
     return Front(
         space=space, target=pricing.target, objectives=settings.objectives, budgets=budgets, evaluations=tuple(chosen),
         searcher=settings.searcher, seed=seed, scored=len(evaluations), seconds=time.monotonic() - began, hypervolume=_trace(matrix),
-        also=tuple(other.target for other in also), foreign=pricing.foreign,
+        also=tuple(other.target for other in also), foreign=pricing.foreign, stopped=stopped if len(scored) < settings.evaluations else "",
     )  # fmt: skip
 
 
+Priced = tuple[dict[str, float], Any, int, int, int]
+"""What a Pricing says of a candidate."""
 Costs = Sequence[dict[str, float]]
 """{metric: value} of a candidate on every target."""
 
@@ -185,7 +202,7 @@ class Aim:
         costs = self.costs(point)
         return Price(tuple(self.objectives(costs, None)), self.over(costs))
 
-    def prices(self, point: Candidate) -> tuple[tuple[dict[str, float], Any, int, int, int], ...]:
+    def prices(self, point: Candidate) -> tuple[Priced, ...]:
         """What each Pricing says of the candidate."""
         return tuple(pricing(point) for pricing in self.pricings)
 
@@ -206,6 +223,10 @@ class Aim:
             else:
                 found.append(max(each[name] for each in costs))
         return found
+
+    def values(self, costs: Costs, score: Score | None) -> list[float]:
+        """The same in numbers: an error that is not known is very bad."""
+        return [UNKNOWN if value is None else value for value in self.objectives(costs, score)]
 
     def bounded(self, costs: Costs) -> list[tuple[Budget, float]]:
         """Every budget of a cost, with the cost."""
@@ -257,28 +278,57 @@ def _by(scored: Any) -> tuple[str, str, str]:
     return (scored.evaluator_digest, scored.split_digest, scored.weights_digest)
 
 
-def _evaluate(point: Candidate, prices: Sequence[Any], evaluator: Evaluator, known: Known, foreign: Differences) -> Evaluation:
-    """With the journal's score where the same network with the same precisions was ever scored, else scored now; on every target."""
-    scores, seconds = [], 0.0
-    for number, (target, genes) in enumerate(point.precision):
-        key = (point.architecture, genes, evaluator.digest, evaluator.split_digest, evaluator.weights_digest)
-        if key not in known.scores:
-            began = time.monotonic()
-            score = (evaluator if number == 0 else evaluator.on(target)).score(point)
-            known.scores[key] = (score, time.monotonic() - began)
-        scores.append(known.scores[key][0])
-        seconds += known.scores[key][1]
-    (_, latency, size, parameters, macs), *others = prices
-    elsewhere = tuple(
-        Elsewhere(target=target, score=score, latency=price[1], size_bytes=price[2])
-        for (target, _), score, price in zip(point.precision[1:], scores[1:], others, strict=True)
-    )
-    evaluation = Evaluation(
-        candidate=point, score=scores[0], latency=latency, size_bytes=size, parameters=parameters, macs=macs, seconds=seconds,
-        elsewhere=elsewhere, foreign=foreign,
-    )  # fmt: skip
-    known.record(evaluation)
-    return evaluation
+@dataclass(frozen=True)
+class Scoring:
+    """Scores what the journal does not have, through an executor, and writes each evaluation there as soon as it is whole."""
+
+    evaluator: Evaluator
+    executor: Executor
+    known: Known
+    foreign: Differences
+
+    def __call__(self, prices: Mapping[Candidate, Sequence[Priced]], go_on: Callable[[], bool]) -> Iterator[Evaluation]:
+        """Evaluations as they come in, until `go_on` says no; the same network with the same precisions is scored once."""
+        jobs: dict[Any, Job] = {}
+        wanted = {point: self._keys(point) for point in prices}
+        for point, keys in wanted.items():
+            for number, (key, (target, _)) in enumerate(zip(keys, point.precision, strict=True)):
+                if key not in self.known.scores:
+                    jobs.setdefault(key, Job(candidate=point, target=target if number else ""))
+        order = list(jobs)
+        waiting = dict(prices)
+        yield from self._whole(waiting, wanted, go_on)
+        for index, score, seconds in self.executor.score_all(tuple(jobs.values()), go_on):
+            self.known.scores[order[index]] = (score, seconds)
+            yield from self._whole(waiting, wanted)
+
+    def _whole(
+        self, waiting: dict[Candidate, Sequence[Priced]], wanted: Mapping[Candidate, Sequence[Any]], go_on: Callable[[], bool] | None = None
+    ) -> Iterator[Evaluation]:  # fmt: skip
+        """Evaluations of those that have all their scores; they wait no longer."""
+        for point in [p for p in waiting if all(key in self.known.scores for key in wanted[p])]:
+            if go_on and not go_on():
+                return
+            yield self._evaluation(point, waiting.pop(point), [self.known.scores[key] for key in wanted[point]])
+
+    def _keys(self, point: Candidate) -> list[Any]:
+        """What decides the score on each target."""
+        by = (self.evaluator.digest, self.evaluator.split_digest, self.evaluator.weights_digest)
+        return [(point.architecture, genes, *by) for _, genes in point.precision]
+
+    def _evaluation(self, point: Candidate, prices: Sequence[Priced], scores: Sequence[tuple[Score, float]]) -> Evaluation:
+        (_, latency, size, parameters, macs), *others = prices
+        (score, seconds), *there = scores
+        elsewhere = tuple(
+            Elsewhere(target=target, score=s, latency=price[1], size_bytes=price[2])
+            for (target, _), (s, _), price in zip(point.precision[1:], there, others, strict=True)
+        )
+        evaluation = Evaluation(
+            candidate=point, score=score, latency=latency, size_bytes=size, parameters=parameters, macs=macs,
+            seconds=seconds + sum(took for _, took in there), elsewhere=elsewhere, foreign=self.foreign,
+        )  # fmt: skip
+        self.known.record(evaluation)
+        return evaluation
 
 
 def _drop_violation(e: Evaluation | None, baseline: Score, budgets: tuple[Budget, ...]) -> float:
@@ -290,9 +340,24 @@ def _drop_violation(e: Evaluation | None, baseline: Score, budgets: tuple[Budget
 
 def _trace(matrix: np.ndarray[Any, Any]) -> tuple[tuple[int, float], ...]:
     """Hypervolume after each scored candidate, against the worst value of each objective."""
-    worst = matrix.max(axis=0)
-    reference = worst + np.maximum(np.abs(worst), 1e-9) * 0.01
-    return tuple((n, float(pareto.hypervolume(matrix[:n], reference))) for n in range(1, len(matrix) + 1))
+    corner = reference(matrix)
+    return tuple((n, float(pareto.hypervolume(matrix[:n], corner))) for n in range(1, len(matrix) + 1))
+
+
+def _standing(scored: Sequence[Evaluation], matrix: np.ndarray[Any, Any], new: int, aim: Aim, most: int) -> Standing:
+    """What is to be said of a search after a batch in which the last `new` candidates were scored."""
+    front = sorted((scored[i] for i in pareto.front(matrix)), key=lambda e: (e.latency.value, -gain(worst(e))))
+    volume = f"hypervolume {pareto.hypervolume(matrix, reference(matrix)):.4g}"
+    if new < len(scored):
+        volume += f" ({100 * growth(matrix, len(scored) - new):+.1f} % by the last batch)"
+    labels = [label(pricing.target) for pricing in aim.pricings]
+    latencies = [f"ms on {name}" for name in labels] if len(labels) > 1 else ["ms"]
+    rows = []
+    for e in front:
+        ms = [f"{latency.value:.3g}" for latency in (e.latency, *(there.latency for there in e.elsewhere))]
+        rows.append((*ms, f"{worst(e).value:.2f}", f"{e.size_bytes / 1e6:.3g}"))
+    headline = f"{len(scored)} of {most} scored, {volume}, {len(front)} on the front"
+    return Standing(headline, (*latencies, scored[0].score.metric, "MB"), tuple(rows))
 
 
 def _unaffordable(nearest: Any, aim: Aim, space: SearchSpace) -> BudgetError:

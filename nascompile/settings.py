@@ -83,8 +83,16 @@ class SearchSettings(Record, frozen=True):
     tables: weight-int8."""
     evaluations: int = 96
     """Candidates scored at most."""
+    patience: int = 0
+    """Batches without a better hypervolume (by more than 0.1 %) after which the search ends; 0: it does not end for that."""
     population: int = 16
     """Candidates proposed at a time."""
+    workers: int = 0
+    """Processes that score, each on one thread: how long the search takes, not what it finds. 1: this one alone. 0: one for every core, at
+    most 8, once scoring has shown to take longer than starting them."""
+    ray: str = ""
+    """Address of a Ray cluster (`auto`, `HOST:PORT`, `ray://HOST:PORT`) that scores with so many workers; 0 of them: one for each of its
+    processors."""
     calibration_samples: int = 128
     """Samples that a candidate's activation ranges are taken from."""
     validation_samples: int = 0
@@ -258,6 +266,8 @@ def check(recipe: Recipe) -> Recipe:
         ("finetune.accumulation", f.accumulation, f.accumulation >= 1, "at least 1"),
         ("finetune.ema_decay", f.ema_decay, 0 <= f.ema_decay < 1, "0 (none) or more, below 1"),
         ("search.evaluations", s.evaluations, s.evaluations >= 1, "at least 1"),
+        ("search.patience", s.patience, s.patience >= 0, "0 (never) or more"),
+        ("search.workers", s.workers, s.workers >= 0, "0 (as many as are of use) or more"),
         ("search.population", s.population, s.population >= 2, "at least 2"),
         ("search.calibration_samples", s.calibration_samples, s.calibration_samples >= 1, "at least 1"),
         ("search.objectives", s.objectives, objectives, f"two or more of {', '.join(OBJECTIVES)}"),

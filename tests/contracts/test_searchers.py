@@ -157,14 +157,14 @@ def hypervolume_of(points, space):
 
 @pytest.mark.parametrize("name", ["linas", "linas-table", "mip", "ehvi"])
 def test_it_finds_more_than_chance_does(name):
-    """24 of the 84 candidates; chance is the mean of ten seeds."""
+    """24 of the 84 candidates; the mean of three seeds, which one seed may miss by half a point, against ten of chance."""
     space = make_space()
 
     def best(searcher, seed):
         asked = [p for points in drive(searcher, space, seed=seed, rounds=6) for p in points][:24]
         return hypervolume_of(asked, space)
 
-    found = best(name, 0)
+    found = np.mean([best(name, seed) for seed in range(3)])
     assert found > np.mean([best("random", seed) for seed in range(10)])
     assert found >= 0.97 * hypervolume_of(list(spaces.enumerate_all(space)), space)
 
