@@ -780,6 +780,7 @@ class Context:
             if (e.score.evaluator_digest, e.score.weights_digest) == (source.evaluator.digest, source.evaluator.weights_digest)
             and e.candidate.space == self.space.id
         ]  # fmt: skip
+        scored.sort(key=lambda e: e.candidate.id)  # lines are in the order in which workers were done
         drawn = np.random.default_rng(self.recipe.seed).permutation(len(scored))[: self.recipe.measure.agreement]
         part = validation.take(source.evaluator.rows)
         pairs = {}

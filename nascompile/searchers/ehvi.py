@@ -186,9 +186,9 @@ class _Model:
             edges = np.concatenate([[-np.inf], self.at[order, 0], self.corner])
             weights = np.clip(edges[None, 1:] - np.maximum(edges[None, :-1], known), 0, None)
         else:
-            below = (self.at[None] <= self.nodes[:, None]).all(axis=2)
+            below = _reaches(self.at, self.nodes).T
             bounds = np.where(below, self.best[None], self.worst).min(axis=1, initial=self.worst)
-            weights = (known[:, None] <= self.nodes[None]).all(axis=2)
+            weights = _reaches(known, self.nodes)
         return np.asarray((weights * _improvement(bounds[None], mean[:, None], deviation[:, None])).sum(axis=1))
 
 
@@ -199,6 +199,14 @@ def _edge(points: Array) -> Array:
     order = np.lexsort((points[:, 0], points[:, 1]))
     least = np.minimum.accumulate(np.append(np.inf, points[order, 0]))[:-1]
     return np.asarray(order[points[order, 0] < least])
+
+
+def _reaches(points: Array, nodes: Array) -> Array:
+    """(points, nodes): which points are nowhere above which nodes."""
+    found = points[:, :1] <= nodes[None, :, 0]
+    for number in range(1, nodes.shape[1]):
+        found &= points[:, [number]] <= nodes[None, :, number]
+    return np.asarray(found)
 
 
 def _improvement(bound: Array, mean: Array, deviation: Array) -> Array:
