@@ -11,7 +11,14 @@ import pytest
 
 from nascompile import beside, pipeline
 from nascompile.records import Front, load
+from nascompile.searchers import linas
 from nascompile.settings import Recipe
+
+
+@pytest.fixture(autouse=True)
+def few_generations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a space as small as the toy's the published 400 take LINAS ten seconds a batch and change nothing here."""
+    monkeypatch.setattr(linas, "GENERATIONS", 20)
 
 
 def with_search(recipe: Recipe, **changes: Any) -> Recipe:
