@@ -103,7 +103,7 @@ class EhviRun:
     def _promising(self) -> list[Array]:
         """New candidates, those expected to add most to the front first."""
         if not (self.blocks.over(self.rows) == 0).any():
-            return []
+            return list(self._affordable())
         model = _Model(self)
         rows = self.small if self.small is not None else self._bred(model)
         rows = rows[[row.tobytes() not in self.asked for row in rows]]
@@ -120,6 +120,19 @@ class EhviRun:
             chosen.append(int(worth.argmax()))
             model.believe(mean[chosen[-1]], known[chosen[-1]])
         return [rows[best] for best in chosen]
+
+    def _affordable(self) -> Array:
+        """Candidates nearest to the budgets, those within them first, where none that was asked for is: bred on prices alone."""
+        if self.small is not None:
+            return self.small[np.argsort(self.blocks.over(self.small), kind="stable")]
+        rows = np.concatenate([self.rows, self.encoding.sample(self.rng, POOL)])
+        for _ in range(ROUNDS):
+            rows = np.unique(rows, axis=0)
+            best = rows[np.argsort(self.blocks.over(rows), kind="stable")[:PARENTS]]
+            if self.blocks.over(best[BATCH - 1 : BATCH]).max(initial=0.0) == 0:
+                return best
+            rows = np.concatenate([best, self._changed(best, POOL)])
+        return rows[np.argsort(self.blocks.over(rows), kind="stable")]
 
     def _bred(self, model: _Model) -> Array:
         """Candidates that a few generations of changes to the front lead to."""
@@ -180,6 +193,8 @@ class _Model:
     def worth(self, mean: Array, deviation: Array, known: Array) -> Array:
         """Expected hypervolume that each candidate adds (n,), up to a factor."""
         deviation = np.sqrt(deviation**2 + self.noise**2)
+        if known.shape[1] == 0:
+            return _improvement(np.minimum(self.best.min(), self.worst), mean, deviation)
         if known.shape[1] == 1:
             order = np.argsort(self.at[:, 0], kind="stable")
             bounds = np.append(self.worst, np.minimum.accumulate(np.minimum(self.best[order], self.worst)))
@@ -194,7 +209,7 @@ class _Model:
 
 def _edge(points: Array) -> Array:
     """Indices of the points (n, m) that no other dominates, one of each that are equal in all but the first."""
-    if points.shape[1] > 2:
+    if points.shape[1] != 2:
         return np.array(pareto.front(points))
     order = np.lexsort((points[:, 0], points[:, 1]))
     least = np.minimum.accumulate(np.append(np.inf, points[order, 0]))[:-1]
