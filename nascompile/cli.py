@@ -147,7 +147,7 @@ FLAGS = {
         Flag("--seed", "seed", int, "Of everything drawn at random.", "N"),
     ),
     "Search": (
-        Flag("--searcher", "search.searcher", str, "nsga2, ehvi, linas, mip, …", "NAME"),
+        Flag("--searcher", "search.searcher", str, "ehvi, nsga2, linas, mip, …", "NAME"),
         Flag("--objective", "search.objectives", list[str], "Beside error, 3 at most: latency-ms, size-mb, macs-m, memory-mb, …", "NAME"),
         Flag("--evaluations", "search.evaluations", int, "Candidates scored at most.", "N"),
         Flag("--patience", "search.patience", int, "Batches without a better hypervolume after which the search ends.", "N"),

@@ -71,9 +71,10 @@ class FinetuneSettings(Record, frozen=True):
 class SearchSettings(Record, frozen=True):
     """What is searched, how long, and how a candidate is scored."""
 
-    searcher: str = "nsga2"
-    """What proposes candidates: ehvi needs the fewest scores (docs/method.md); nsga2, and nsga3 for three and more objectives, breed;
-    linas breeds on predictions, linas-table on predicted scores and known costs; mip solves for sums of single changes' damages."""
+    searcher: str = "ehvi"
+    """What proposes candidates: ehvi needs the fewest scores (docs/method.md), and the error among the objectives; nsga2, and nsga3 for
+    three and more objectives, breed; linas breeds on predictions, linas-table on predicted scores and known costs; mip solves for sums of
+    single changes' damages."""
     objectives: tuple[str, ...] = ("error", "latency_ms")
     """One to four of error, latency_ms, size_mb, macs_m, memory_mb, worst_ratio; all minimized. Without error `max_drop` must be given, and
     the front is of candidates that keep it; a front of one objective is one candidate, or several that are equal in it. With several
@@ -88,7 +89,7 @@ class SearchSettings(Record, frozen=True):
     patience: int = 0
     """Batches without a better hypervolume (by more than 0.1 %) after which the search ends; 0: it does not end for that."""
     population: int = 16
-    """Candidates proposed at a time."""
+    """Candidates proposed at a time, at most: ehvi proposes four."""
     workers: int = 0
     """Processes that score, each on one thread: how long the search takes, not what it finds. 1: this one alone. 0: one for every core, at
     most 8, once scoring has shown to take longer than starting them."""
