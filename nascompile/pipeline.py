@@ -471,7 +471,7 @@ class Context:
             table = self._table(own, self.target, self.backend, self.device, explicit)
             environment = self.device.environment(self.target, self.backend.versions())
         save(table, self.out / "table.json")
-        self.progress.note(f"{len(table.rows)} operators, 90 % interval ±{100 * table.relative_error:.1f} %")
+        self.progress.note(f"{len(table.rows)} operators, 90 % interval {latency_table.error_text(table)}")
         written, folder = [self.out / "table.json", *self._note_foreign(table, environment)], several.tables_folder(self.recipe)
         for number, f in enumerate(self.further, 1):
             if f.absent:
@@ -488,7 +488,7 @@ class Context:
                 table = self._table(spaces.of_targets(shared, (number,)), f.target, f.backend, device, folder)
             save(table, self.out / "tables" / f"{f.file}.json")
             written.append(self.out / "tables" / f"{f.file}.json")
-            self.progress.note(f"{f.label}: {len(table.rows)} operators, 90 % interval ±{100 * table.relative_error:.1f} %")
+            self.progress.note(f"{f.label}: {len(table.rows)} operators, 90 % interval {latency_table.error_text(table)}")
         _discard(self.out, (FRESH,))
         return written
 
@@ -830,7 +830,7 @@ class Context:
         if m.score is None or baseline.score is None:
             raise RecordError(f"no validation score in {home / 'measurements'}: {name}", hint="remove the folder and run again")
         size = load(home / "engines" / name / "manifest.json", EngineManifest).size_bytes
-        return rerank.There(f.target.id, f.label, m.latency.kind, m.latency.quantile(0.5), size, m.score, baseline.score)
+        return rerank.There(f.target.id, f.label, m.latency.kind, m.latency.value, size, m.score, baseline.score)
 
     def _report(self) -> list[Path]:
         return list(report.report(self.out))
