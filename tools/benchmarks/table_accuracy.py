@@ -56,7 +56,7 @@ MODELS: dict[str, tuple[Callable[[], Any], int, int]] = {
 """Configuration, tokens (images have their own), fresh networks of a cell."""
 CELLS = ("fp32", "int8", "mixed")
 TOY = "toy"
-"""For the test of the benchmark itself: a ViT of 32 features."""
+"""For the test of the benchmark itself: a ViT of 64 features."""
 SEED = 7
 """Of fresh networks and of the search; tables have 0."""
 GENERATIONS, POPULATION = 40, 40
@@ -84,7 +84,7 @@ class Case:
     @cached_property
     def config(self) -> Any:
         if self.model == TOY:
-            sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+            sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
             return ViTConfig(**sizes, image_size=8, patch_size=4, num_channels=1)
         return MODELS[self.model][0]()
 
