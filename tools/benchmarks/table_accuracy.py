@@ -186,7 +186,8 @@ class Known:
     def residuals(self) -> list[Any]:
         own = [r for r in self.table.validation if self.precision in ("", self.case.kind(r.candidate))]
         found = sorted(own, key=lambda r: r.measured.value)
-        return [found[round((i + 0.5) * len(found) / KNOWN - 0.5)] for i in range(min(KNOWN, len(found)))]
+        count = min(KNOWN, len(found))
+        return [found[round((i + 0.5) * len(found) / count - 0.5)] for i in range(count)]
 
     @cached_property
     def jobs(self) -> list[Any]:
@@ -196,7 +197,7 @@ class Known:
         """Then over now for networks of these candidates' bytes, by Theil and Sen's line; `found` begins with the known ones' latencies."""
         ratios = np.log([r.measured.value / q.value for r, q in zip(self.residuals, found, strict=False)])
         places = np.log2([self.case.footprint(self.table, r.candidate) for r in self.residuals])
-        slope, level = theilslopes(ratios, places)[:2] if len(set(places)) > 1 else (0.0, float(np.median(ratios)))
+        slope, level = theilslopes(ratios, places, method="joint")[:2] if len(set(places)) > 1 else (0.0, float(np.median(ratios)))
         return [math.exp(level + slope * math.log2(self.case.footprint(self.table, p))) for p in points]
 
 
