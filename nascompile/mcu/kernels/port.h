@@ -1,0 +1,172 @@
+/* The DSP instructions the kernels use: one instruction each on Cortex-M4 and M7, the same integers in plain C anywhere else.
+ * Signed overflow, unaligned access and right shifts of negative numbers are defined here: the plain C is clean under UBSan. */
+#ifndef NC_PORT_H
+#define NC_PORT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__ARM_FEATURE_DSP) && defined(__thumb2__)
+#define NC_ON_TARGET 1
+#else
+#define NC_ON_TARGET 0
+#endif
+
+#define NC_INLINE static inline __attribute__((always_inline, unused))
+#define NC_OPERATOR __attribute__((noinline, noclone)) /* keeps an operator one symbol, so that it can be counted */
+
+void *memcpy(void *restrict to, const void *restrict from, size_t bytes);
+void *memset(void *to, int value, size_t bytes);
+
+/* Four bytes from any address, the first in the low byte (little-endian hosts only, as the target is). */
+NC_INLINE uint32_t nc_load4(const void *from)
+{
+    uint32_t word;
+    memcpy(&word, from, 4);
+    return word;
+}
+
+NC_INLINE int32_t nc_signed(uint32_t word)
+{
+    int32_t value;
+    memcpy(&value, &word, 4);
+    return value;
+}
+
+NC_INLINE int32_t nc_low(uint32_t word) { return (int32_t)(int16_t)(uint16_t)(word & 0xFFFFU); }
+NC_INLINE int32_t nc_high(uint32_t word) { return (int32_t)(int16_t)(uint16_t)(word >> 16); }
+
+#if NC_ON_TARGET
+
+#define NC_ASM2(name, operands)                                                                                                 \
+    NC_INLINE uint32_t nc_##name(uint32_t a, uint32_t b)                                                                        \
+    {                                                                                                                           \
+        uint32_t r;                                                                                                             \
+        __asm__(operands : "=r"(r) : "r"(a), "r"(b));                                                                           \
+        return r;                                                                                                               \
+    }
+
+/* halves of the result: low a, low b  |  high a, high b (both in this order, low half first) */
+NC_ASM2(pack_low, "pkhbt %0, %1, %2, lsl #16")
+NC_ASM2(pack_high, "pkhtb %0, %2, %1, asr #16")
+/* a - b in each signed half, wrapping */
+NC_ASM2(sub16, "ssub16 %0, %1, %2")
+
+/* The larger signed half of each: SSUB16 sets the GE flags that SEL reads. */
+NC_INLINE uint32_t nc_max16(uint32_t a, uint32_t b)
+{
+    uint32_t r;
+    __asm__("ssub16 %0, %1, %2\n\tsel %0, %1, %2" : "=&r"(r) : "r"(a), "r"(b) : "cc");
+    return r;
+}
+
+/* bytes 0 and 2, sign-extended to halves */
+NC_INLINE uint32_t nc_even_bytes(uint32_t word)
+{
+    uint32_t r;
+    __asm__("sxtb16 %0, %1" : "=r"(r) : "r"(word));
+    return r;
+}
+
+/* bytes 1 and 3, sign-extended to halves */
+NC_INLINE uint32_t nc_odd_bytes(uint32_t word)
+{
+    uint32_t r;
+    __asm__("sxtb16 %0, %1, ror #8" : "=r"(r) : "r"(word));
+    return r;
+}
+
+/* each signed half clamped to [0, 1023] */
+NC_INLINE uint32_t nc_clamp16_1023(uint32_t word)
+{
+    uint32_t r;
+    __asm__("usat16 %0, #10, %1" : "=r"(r) : "r"(word));
+    return r;
+}
+
+/* sum + low a * low b + high a * high b, modulo 2^32 */
+NC_INLINE int32_t nc_dot2(uint32_t a, uint32_t b, int32_t sum)
+{
+    int32_t r;
+    __asm__("smlad %0, %1, %2, %3" : "=r"(r) : "r"(a), "r"(b), "r"(sum));
+    return r;
+}
+
+/* (a * b + 2^31) >> 32: the product's high word, rounded half up */
+NC_INLINE int32_t nc_mul_high(int32_t a, int32_t b)
+{
+    int32_t r;
+    __asm__("smmulr %0, %1, %2" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
+/* c + ((a * b + 2^31) >> 32), modulo 2^32 */
+NC_INLINE int32_t nc_mul_high_add(int32_t a, int32_t b, int32_t c)
+{
+    int32_t r;
+    __asm__("smmlar %0, %1, %2, %3" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
+}
+
+/* clamp(value >> shift, -2^(bits-1), 2^(bits-1) - 1), constants only */
+#define nc_saturate(bits, value, shift)                                                                                         \
+    __extension__({                                                                                                             \
+        int32_t nc_r;                                                                                                           \
+        __asm__("ssat %0, %1, %2, asr %3" : "=r"(nc_r) : "I"(bits), "r"(value), "I"(shift));                                    \
+        nc_r;                                                                                                                   \
+    })
+#define nc_saturate8(value) __extension__({ int32_t nc_r; __asm__("ssat %0, #8, %1" : "=r"(nc_r) : "r"(value)); nc_r; })
+
+NC_INLINE uint32_t nc_leading_zeros(uint32_t word) { return (uint32_t)__builtin_clz(word); } /* word > 0 */
+
+#else
+
+NC_INLINE int64_t nc_floor_shift(int64_t value, uint32_t shift)
+{
+    return value >= 0 ? value >> shift : -1 - ((-1 - value) >> shift);
+}
+
+NC_INLINE uint32_t nc_pack_low(uint32_t a, uint32_t b) { return (a & 0xFFFFU) | (b << 16); }
+NC_INLINE uint32_t nc_pack_high(uint32_t a, uint32_t b) { return (a >> 16) | (b & 0xFFFF0000U); }
+NC_INLINE uint32_t nc_pair(int32_t low, int32_t high) { return ((uint32_t)low & 0xFFFFU) | ((uint32_t)high << 16); }
+NC_INLINE uint32_t nc_sub16(uint32_t a, uint32_t b) { return nc_pair(nc_low(a) - nc_low(b), nc_high(a) - nc_high(b)); }
+
+NC_INLINE uint32_t nc_max16(uint32_t a, uint32_t b)
+{
+    return nc_pair(nc_low(a) >= nc_low(b) ? nc_low(a) : nc_low(b), nc_high(a) >= nc_high(b) ? nc_high(a) : nc_high(b));
+}
+
+NC_INLINE int32_t nc_signed_byte(uint32_t word) { return (int32_t)(int8_t)(uint8_t)(word & 0xFFU); }
+NC_INLINE uint32_t nc_even_bytes(uint32_t word) { return nc_pair(nc_signed_byte(word), nc_signed_byte(word >> 16)); }
+NC_INLINE uint32_t nc_odd_bytes(uint32_t word) { return nc_pair(nc_signed_byte(word >> 8), nc_signed_byte(word >> 24)); }
+
+NC_INLINE int32_t nc_clamp(int64_t value, int32_t low, int32_t high)
+{
+    return value < low ? low : value > high ? high : (int32_t)value;
+}
+
+NC_INLINE uint32_t nc_clamp16_1023(uint32_t word) { return nc_pair(nc_clamp(nc_low(word), 0, 1023), nc_clamp(nc_high(word), 0, 1023)); }
+
+NC_INLINE int32_t nc_dot2(uint32_t a, uint32_t b, int32_t sum)
+{
+    return nc_signed((uint32_t)sum + (uint32_t)(nc_low(a) * nc_low(b)) + (uint32_t)(nc_high(a) * nc_high(b)));
+}
+
+NC_INLINE int32_t nc_mul_high(int32_t a, int32_t b) { return (int32_t)nc_floor_shift((int64_t)a * b + (INT64_C(1) << 31), 32); }
+NC_INLINE int32_t nc_mul_high_add(int32_t a, int32_t b, int32_t c) { return nc_signed((uint32_t)nc_mul_high(a, b) + (uint32_t)c); }
+
+NC_INLINE int32_t nc_saturate(uint32_t bits, int32_t value, uint32_t shift)
+{
+    int32_t top = (int32_t)(UINT32_C(1) << (bits - 1));
+    return nc_clamp(nc_floor_shift(value, shift), -top, top - 1);
+}
+NC_INLINE int32_t nc_saturate8(int32_t value) { return nc_clamp(value, -128, 127); }
+
+NC_INLINE uint32_t nc_leading_zeros(uint32_t word) { return (uint32_t)__builtin_clz(word); } /* word > 0 */
+
+#endif
+
+/* a * b + c and a * b modulo 2^32 */
+NC_INLINE int32_t nc_mul_add(int32_t a, int32_t b, int32_t c) { return nc_signed((uint32_t)a * (uint32_t)b + (uint32_t)c); }
+
+#endif
