@@ -20,7 +20,7 @@ def faults(demand: Demand, plan: Plan) -> list[str]:
         return range(plan.offsets[name], plan.offsets[name] + demand.sizes[name])
 
     def check_place(what: str, place: range) -> bool:
-        inside = 0 <= place.start and place.stop <= plan.arena_bytes
+        inside = place.start >= 0 and place.stop <= plan.arena_bytes
         if not inside:
             found.append(f"{what} lies at {place.start}..{place.stop}, outside the arena of {plan.arena_bytes} bytes")
         if place.start % ALIGN:

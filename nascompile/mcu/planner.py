@@ -1,7 +1,8 @@
 """Where every tensor of a program lies in one block of memory (the arena), and which tiles fit beside it.
 
 Memory is known before anything runs: a tensor lives from the step that writes it to the last that reads it, scratch during its step.
-Blocks are placed first-fit, largest first and earliest first, with and without overlays; the smallest arena wins. Nothing here knows a kernel.
+Blocks are placed first-fit, largest first and earliest first, with and without overlays; the smallest arena wins. Nothing here knows a
+kernel.
 """
 
 from __future__ import annotations

@@ -99,10 +99,8 @@ class Norm(Record, frozen=True):
     """Layer normalization of rows, as `nc_layer_norm_t`."""
 
     name: str
-    gain: str
-    """int32, width."""
-    shift: str
-    """int32, width."""
+    affine: str
+    """int32, 2 · width: gain and shift of each channel."""
     epsilon: int
     width: int
 
@@ -228,7 +226,9 @@ class Attend(Record, frozen=True, tag=True):
 
     @property
     def macs(self) -> int:
-        return len(self.heads) * 2 * self.rows * self.tokens * self.width + self.tokens * sum(h.keys.macs + h.values.macs for h in self.heads)
+        return len(self.heads) * 2 * self.rows * self.tokens * self.width + self.tokens * sum(
+            h.keys.macs + h.values.macs for h in self.heads
+        )
 
     def tiles(self) -> tuple[int, ...]:
         return _tiles(self.tokens) if self.norm else (0,)
@@ -241,7 +241,7 @@ class Attend(Record, frozen=True, tag=True):
 
     def scratch(self, tile: int) -> int:
         own = 8 * _up(self.width, 4) + 8 * _up(self.tokens, 2)
-        values, normalized, rest = self.parts(tile)
+        _, normalized, rest = self.parts(tile)
         # attention itself needs no normalized rows: its scratch may lie over them
         return max(normalized + own, rest + max(max(h.keys.scratch, h.values.scratch) for h in self.heads))
 
@@ -411,9 +411,9 @@ class AveragePool(Record, frozen=True, tag=True):
     macs: int = 0
 
 
-Kernel = (
-    Embed | Normalize | Dense | Mlp | Attend | Split | Scores | Softmax | Mix | Lookup | Add | Mean | Classify | Conv | Depthwise | AveragePool
-)  # fmt: skip
+Whole = Embed | Normalize | Dense | Mlp | Attend | Classify
+Single = Split | Scores | Softmax | Mix | Lookup | Add | Mean | Conv | Depthwise | AveragePool
+Kernel = Whole | Single
 
 
 class Operation(Record, frozen=True):

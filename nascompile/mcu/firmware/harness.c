@@ -8,43 +8,49 @@
 
 #define MAGIC 0x314D434E /* "NCM1" */
 
-static uint32_t counts[MODEL_OPERATORS + 1]; /* the last one takes what is before the first operator and after the last */
+/* The last of model.counts takes what is before the first operator and after the last. */
 static uint32_t current, carried, overhead;
-static uint32_t taken; /* bytes of the sample that were read */
+static int reading; /* whether a part of this sample was read */
 
 void nc_mark(uint32_t operator)
 {
-    counts[current] += carried + io_counter() - overhead;
+    model.counts[current] += carried + io_counter() - overhead;
     current = operator;
     carried = 0;
     io_restart_counter();
 }
 
-/* Reading samples is not the model's work and is not counted. */
-static void read_input(void *context, void *to, uint32_t bytes)
+/* Reading samples is not the model's work and is not counted. Rows come in order. */
+static void read_rows(void *context, uint32_t first, uint32_t rows, int8_t *to)
 {
-    (void)context;
+    const uint32_t bytes = rows * model.row_bytes;
+    (void)context, (void)first;
     carried += io_counter();
-    if (io_input(to, bytes) != bytes) io_stop(taken ? 95 : 0);
-    taken += bytes;
+    if (io_input(to, bytes) != bytes) io_stop(reading ? 95 : 0);
+    reading = 1;
     io_restart_counter();
+}
+
+/* What two reads of the counter with nothing between them count. */
+static uint32_t empty_mark(void)
+{
+    overhead = 0;
+    nc_mark(model.operators);
+    model.counts[model.operators] = 0;
+    nc_mark(model.operators);
+    return model.counts[model.operators];
 }
 
 static const int8_t *run(void)
 {
-    for (uint32_t i = 0; i <= MODEL_OPERATORS; i++) counts[i] = 0;
-    taken = 0;
-    current = MODEL_OPERATORS;
-    carried = overhead = 0;
-    io_restart_counter();
-    nc_mark(MODEL_OPERATORS);
-    nc_mark(MODEL_OPERATORS);
-    overhead = counts[MODEL_OPERATORS] - carried; /* of two marks */
-    counts[MODEL_OPERATORS] = 0;
-    nc_mark(MODEL_OPERATORS);
-    nc_mark(MODEL_OPERATORS);
-    overhead = counts[MODEL_OPERATORS] / 2;
-    return model_run(read_input, 0);
+    carried = 0;
+    current = model.operators;
+    overhead = empty_mark();
+    for (uint32_t i = 0; i <= model.operators; i++) model.counts[i] = 0;
+    reading = 0;
+    const void *output = model_run(read_rows, 0);
+    nc_mark(model.operators);
+    return output;
 }
 
 static void put(const char *text)
@@ -74,15 +80,15 @@ static void put_operators(void)
     put("\noperator                                        ");
     put(io_counter_unit());
     put("\n");
-    for (uint32_t i = 0; i < MODEL_OPERATORS; i++) {
-        const char *name = model_operator_names[i];
+    const char *name = model.names;
+    for (uint32_t i = 0; i < model.operators; i++, name++) {
         uint32_t length = 0;
-        while (name[length]) length++;
         put(name);
+        for (; *name; name++) length++;
         while (length++ < 44) put(" ");
-        put_number(counts[i], 16);
+        put_number(model.counts[i], 16);
         put("\n");
-        total += counts[i];
+        total += model.counts[i];
     }
     put("total                                       ");
     put_number((int64_t)total, 16);
@@ -92,9 +98,9 @@ static void put_operators(void)
 static void put_outputs(const int8_t *output)
 {
     put("outputs:");
-    for (uint32_t i = 0; i < MODEL_OUTPUT_BYTES; i++) {
-        put(i % 20 ? " " : "\n ");
-        put_number(output[i], 4);
+    for (uint32_t i = 0; i * model.output_word < model.output_bytes; i++) {
+        put(i % 8 ? " " : "\n ");
+        put_number(model.output_word == 4 ? ((const int32_t *)(const void *)output)[i] : output[i], 10);
     }
     put("\n");
 }
@@ -115,7 +121,7 @@ static void put_memory(void)
         put(" bytes\n");
     }
     put("arena: ");
-    put_number(MODEL_ARENA_BYTES, 0);
+    put_number(model.arena_bytes, 0);
     put(" bytes\nstack: ");
     put_number(stack_used(), 0);
     put(" of ");
@@ -126,7 +132,7 @@ static void put_memory(void)
 static void put_header(void)
 {
     const uint32_t header[8] = {
-        MAGIC, MODEL_OPERATORS, MODEL_INPUT_BYTES, MODEL_OUTPUT_BYTES, (uint32_t)_ram_used, (uint32_t)_flash_used, (uint32_t)_stack_size, 0,
+        MAGIC, model.operators, model.input_bytes, model.output_bytes, (uint32_t)_ram_used, (uint32_t)_flash_used, (uint32_t)_stack_size, 0,
     };
     io_output(header, sizeof header);
 }
@@ -136,7 +142,7 @@ static void put_memory(void) {}
 
 static void put_header(void)
 {
-    const uint32_t header[8] = {MAGIC, MODEL_OPERATORS, MODEL_INPUT_BYTES, MODEL_OUTPUT_BYTES, 0, 0, 0, 0};
+    const uint32_t header[8] = {MAGIC, model.operators, model.input_bytes, model.output_bytes, 0, 0, 0, 0};
     io_output(header, sizeof header);
 }
 #endif
@@ -148,16 +154,15 @@ int main(int arguments, char **argument)
         put_outputs(run());
         if (*io_counter_unit()) put_operators();
         put_memory();
-        put(MODEL_COUNTS_REMARK);
+        if (*io_counter_unit()) put(model.remark);
         return 0;
     }
     put_header();
-    for (;;) { /* read_input stops it */
+    for (;;) { /* read_rows stops it */
         const int8_t *output = run();
-        nc_mark(MODEL_OPERATORS);
         const uint32_t deepest = stack_used();
-        io_output(output, MODEL_OUTPUT_BYTES);
-        io_output(counts, MODEL_OPERATORS * sizeof *counts);
+        io_output(output, model.output_bytes);
+        io_output(model.counts, model.operators * sizeof *model.counts);
         io_output(&deepest, sizeof deepest);
     }
 }

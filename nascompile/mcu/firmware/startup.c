@@ -19,12 +19,13 @@ __attribute__((section(".vectors"), used)) static void (*const vectors[16])(void
 #define MPU ((volatile uint32_t *)0xE000ED90)
 enum { MPU_CONTROL = 1, MPU_NUMBER = 2, MPU_BASE = 3, MPU_SIZE = 4 };
 
-#ifdef GUARD_REGIONS
-/* The emulated board has more RAM than the device: what the device lacks must not be there. Later regions win over earlier ones. */
+/* The emulated board has more RAM than the device: what the device lacks must not be there. Later regions win over earlier ones.
+   On the device itself nothing needs a guard: beyond its RAM there is none. */
 static void guard(void)
 {
-    static const struct { uint32_t base, log2_bytes, access; } regions[] = GUARD_REGIONS;
-    for (uint32_t i = 0; i < sizeof regions / sizeof *regions; i++) {
+    static const struct { uint32_t base, log2_bytes, access; } regions[8] = GUARD_REGIONS;
+    for (uint32_t i = 0; i < 8; i++) {
+        if (!regions[i].log2_bytes) break;
         MPU[MPU_NUMBER] = i;
         MPU[MPU_BASE] = regions[i].base;
         MPU[MPU_SIZE] = 1u << 28 | regions[i].access << 24 | (regions[i].log2_bytes - 1) << 1 | 1;
@@ -32,9 +33,6 @@ static void guard(void)
     MPU[MPU_CONTROL] = 5; /* on; what no region covers is as without it */
     __asm volatile("dsb\n isb");
 }
-#else
-static void guard(void) {}
-#endif
 
 void Reset_Handler(void)
 {
