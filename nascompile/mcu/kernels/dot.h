@@ -39,12 +39,15 @@
                      : [last] "t"(end)                                                                                          \
                      : "cc", "memory")
 
-NC_INLINE const uint32_t *nc_dot_4x2(int32_t *sums, const uint32_t *x, const uint32_t *w, uint32_t pairs)
+/* Every general register has its name here: GCC's allocator does not always find the one way to fill them all. */
+NC_INLINE const uint32_t *nc_dot_4x2(int32_t *sums, const uint32_t *words, const uint32_t *weights, uint32_t pairs)
 {
-    int32_t s0 = sums[0], s1 = sums[1], s2 = sums[2], s3 = sums[3], s4 = sums[4], s5 = sums[5], s6 = sums[6], s7 = sums[7];
-    uint32_t p, q, u, v;
-    const uint32_t *eights = w + (pairs & ~7U), *end = w + pairs;
-    if (w != eights)
+    const uint32_t *eights = weights + (pairs & ~7U), *end = weights + pairs;
+    register int32_t s0 __asm__("r0") = sums[0], s1 __asm__("r1") = sums[1], s2 __asm__("r2") = sums[2], s3 __asm__("r3") = sums[3];
+    register int32_t s4 __asm__("r4") = sums[4], s5 __asm__("r5") = sums[5], s6 __asm__("r6") = sums[6], s7 __asm__("r7") = sums[7];
+    register const uint32_t *x __asm__("r8") = words, *w __asm__("r9") = weights;
+    register uint32_t p __asm__("r10"), q __asm__("r11"), u __asm__("r12"), v __asm__("lr");
+    if (weights != eights)
         NC_LOOP_4X2(NC_PAIR_4X2 NC_PAIR_4X2 NC_PAIR_4X2 NC_PAIR_4X2 NC_PAIR_4X2 NC_PAIR_4X2 NC_PAIR_4X2 NC_PAIR_4X2, eights);
     if (w != end)
         NC_LOOP_4X2(NC_PAIR_4X2, end);

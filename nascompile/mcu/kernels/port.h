@@ -23,17 +23,11 @@ void *memset(void *to, int value, size_t bytes);
 NC_INLINE uint32_t nc_load4(const void *from)
 {
     uint32_t word;
-    memcpy(&word, from, 4);
+    __builtin_memcpy(&word, from, 4); /* one load, -ffreestanding or not */
     return word;
 }
 
-NC_INLINE int32_t nc_signed(uint32_t word)
-{
-    int32_t value;
-    memcpy(&value, &word, 4);
-    return value;
-}
-
+NC_INLINE int32_t nc_signed(uint32_t word) { return (int32_t)word; } /* modulo 2^32, in every compiler that has this target */
 NC_INLINE int32_t nc_low(uint32_t word) { return (int32_t)(int16_t)(uint16_t)(word & 0xFFFFU); }
 NC_INLINE int32_t nc_high(uint32_t word) { return (int32_t)(int16_t)(uint16_t)(word >> 16); }
 
