@@ -60,7 +60,7 @@ typedef struct {
 
 #define NC_LINEAR_SCRATCH(inputs) (8U * (((inputs) + 3U) & ~3U))
 /* residual: NULL or the rows to add; may be y itself. x and y may not overlap. inputs <= 65536. */
-void nc_linear(const nc_linear_t *op, const int8_t *x, uint32_t tokens, const int8_t *residual, int8_t *y, int16_t *scratch);
+void nc_linear(const nc_linear_t *op, const int8_t *x, uint32_t tokens, const int8_t *residual, int8_t *y, void *scratch);
 
 /* y = second(first(x)), four tokens at a time. first: packed as above, bias 0 or not, its results kept as 13 bits,
  * mid = clamp(hi(sum, M), -4096, 4095): zero point 0, scale = largest |mid| / 4095; zero_point, table, layout and y_stride unused.
@@ -70,7 +70,7 @@ typedef struct {
 } nc_low_rank_t;
 
 #define NC_LOW_RANK_SCRATCH(inputs, rank) (NC_LINEAR_SCRATCH(inputs) + 8U * (((rank) + 1U) & ~1U))
-void nc_low_rank(const nc_low_rank_t *op, const int8_t *x, uint32_t tokens, const int8_t *residual, int8_t *y, int16_t *scratch);
+void nc_low_rank(const nc_low_rank_t *op, const int8_t *x, uint32_t tokens, const int8_t *residual, int8_t *y, void *scratch);
 
 /* Attention of one head for a tile of query rows; any tile gives the same bytes.
  * q: zero point 0 (queries are quantized symmetrically). keys: NC_KEYS, any zero point. values: NC_VALUES.
@@ -80,7 +80,7 @@ void nc_low_rank(const nc_low_rank_t *op, const int8_t *x, uint32_t tokens, cons
  *   total = sum_j e_j, a = sum_j e_j (v_jc - value_zero), shift = bit length(total) - 15, d = total >> shift
  *   y_c = sat8(zero_point + hi(a >> shift, floor((ratio + d / 2) / d) * 16)), floor shifts, d / 2 rounded down,
  *   ratio = round(v scale / y scale * 2^28), v scale / y scale < 8.
- * y may be q. tokens <= 1023. */
+ * y may be q. tokens <= 512. */
 typedef struct {
     const uint16_t *exp_table; /* 1024 entries */
     int32_t score_multiplier;
@@ -92,7 +92,7 @@ typedef struct {
 
 #define NC_ATTENTION_SCRATCH(tokens, width) (8U * (((width) + 3U) & ~3U) + 8U * (((tokens) + 1U) & ~1U))
 void nc_attention(const nc_attention_t *op, const int8_t *q, const int8_t *keys, const int8_t *values, int8_t *y, uint32_t rows,
-                  int16_t *scratch);
+                  void *scratch);
 
 /* The parts of attention on their own, for a plan that keeps whole score matrices (other numbers than nc_attention's):
  * y[r][j] = requantize(sum_k x[r][k] (w[j][k] - w_zero)), x zero point 0.
@@ -104,7 +104,7 @@ typedef struct {
 } nc_matmul_t;
 
 #define NC_MATMUL_SCRATCH(inputs) NC_LINEAR_SCRATCH(inputs)
-void nc_matmul(const nc_matmul_t *op, const void *x, const int8_t *w, int8_t *y, uint32_t rows, int16_t *scratch);
+void nc_matmul(const nc_matmul_t *op, const void *x, const int8_t *w, int8_t *y, uint32_t rows, void *scratch);
 
 /* Rows of int8 to uint8 (scale 1/256, zero point 0): e_j = table[max x - x_j], table[i] = round(32768 * exp(-i * scale)), 256 entries;
  * total = sum e_j; inverse = floor((2^31 + total / 2) / total); y_j = min(255, floor((e_j * inverse + 2^22) / 2^23)).
@@ -145,7 +145,7 @@ void nc_mean(const nc_mean_t *op, const int8_t *x, int8_t *y);
 
 /* Class scores of one row, int32 of one scale: y_o = hi(sum, M[o]). Weights packed as for nc_linear (its zero_point, table, layout,
  * strides unused), M[o] = round(ratio to the scores' scale * 2^32). scratch: NC_LINEAR_SCRATCH(inputs). */
-void nc_head(const nc_linear_t *op, const int8_t *x, int32_t *y, int16_t *scratch);
+void nc_head(const nc_linear_t *op, const int8_t *x, int32_t *y, void *scratch);
 
 /* Patch embedding, one band of `patch` image rows at a time: linear over patches in (row, column, channel) order.
  * Pixels are int8 (a camera's byte - 128); normalization by mean and deviation is folded into weights and bias.
@@ -159,10 +159,10 @@ typedef struct {
 typedef void (*nc_row_source)(void *context, uint32_t first, uint32_t rows, int8_t *band);
 
 /* One band to `columns` tokens. */
-void nc_patch_band(const nc_patch_embed_t *op, const int8_t *band, const int8_t *residual, int8_t *y, int16_t *scratch);
+void nc_patch_band(const nc_patch_embed_t *op, const int8_t *band, const int8_t *residual, int8_t *y, void *scratch);
 /* All bands of an image: reads it through source, one band (patch rows) at a time. */
 void nc_patch_embed(const nc_patch_embed_t *op, uint32_t bands, nc_row_source source, void *context, int8_t *band, const int8_t *residual,
-                    int8_t *y, int16_t *scratch);
+                    int8_t *y, void *scratch);
 
 /* Convolution kernel x kernel, any stride, symmetric zero padding (the pad is the input's zero point, so it adds nothing):
  * linear over the window in (row, column, channel) order, rows out_height * out_width. linear: inputs = kernel^2 * channels, x_stride
@@ -176,7 +176,7 @@ typedef struct {
 #define NC_CONV_OUT(size, kernel, stride, pad) (((size) + 2U * (pad) - (kernel)) / (stride) + 1U)
 /* scratch: NC_LINEAR_SCRATCH(kernel^2 * channels) + ceil4(kernel^2 * channels) bytes */
 #define NC_CONV_SCRATCH(inputs) (NC_LINEAR_SCRATCH(inputs) + (((inputs) + 7U) & ~7U))
-void nc_conv(const nc_conv_t *op, const int8_t *x, const int8_t *residual, int8_t *y, int16_t *scratch);
+void nc_conv(const nc_conv_t *op, const int8_t *x, const int8_t *residual, int8_t *y, void *scratch);
 
 /* Depthwise convolution 3x3: sum = bias_c + sum over the window inside the image of w_c (x_c - x_zero), then requantize, then table.
  * weights: for each four channels (padded with zeros): int32 bias[4]; for each of the nine taps, row by row, bytes w of the four channels;

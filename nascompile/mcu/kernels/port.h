@@ -1,5 +1,6 @@
 /* The DSP instructions the kernels use: one instruction each on Cortex-M4 and M7, the same integers in plain C anywhere else.
- * Signed overflow, unaligned access and right shifts of negative numbers are defined here: the plain C is clean under UBSan. */
+ * Nothing overflows a signed type or is read unaligned: the plain C is clean under UBSan. Right shifts of negative numbers are floors,
+ * as in every compiler that has this target. */
 #ifndef NC_PORT_H
 #define NC_PORT_H
 
@@ -22,17 +23,11 @@ void *memset(void *to, int value, size_t bytes);
 NC_INLINE uint32_t nc_load4(const void *from)
 {
     uint32_t word;
-    memcpy(&word, from, 4);
+    __builtin_memcpy(&word, from, 4); /* one load, -ffreestanding or not */
     return word;
 }
 
-NC_INLINE int32_t nc_signed(uint32_t word)
-{
-    int32_t value;
-    memcpy(&value, &word, 4);
-    return value;
-}
-
+NC_INLINE int32_t nc_signed(uint32_t word) { return (int32_t)word; } /* modulo 2^32, in every compiler that has this target */
 NC_INLINE int32_t nc_low(uint32_t word) { return (int32_t)(int16_t)(uint16_t)(word & 0xFFFFU); }
 NC_INLINE int32_t nc_high(uint32_t word) { return (int32_t)(int16_t)(uint16_t)(word >> 16); }
 
@@ -117,14 +112,7 @@ NC_INLINE int32_t nc_mul_high_add(int32_t a, int32_t b, int32_t c)
     })
 #define nc_saturate8(value) __extension__({ int32_t nc_r; __asm__("ssat %0, #8, %1" : "=r"(nc_r) : "r"(value)); nc_r; })
 
-NC_INLINE uint32_t nc_leading_zeros(uint32_t word) { return (uint32_t)__builtin_clz(word); } /* word > 0 */
-
 #else
-
-NC_INLINE int64_t nc_floor_shift(int64_t value, uint32_t shift)
-{
-    return value >= 0 ? value >> shift : -1 - ((-1 - value) >> shift);
-}
 
 NC_INLINE uint32_t nc_pack_low(uint32_t a, uint32_t b) { return (a & 0xFFFFU) | (b << 16); }
 NC_INLINE uint32_t nc_pack_high(uint32_t a, uint32_t b) { return (a >> 16) | (b & 0xFFFF0000U); }
@@ -152,21 +140,22 @@ NC_INLINE int32_t nc_dot2(uint32_t a, uint32_t b, int32_t sum)
     return nc_signed((uint32_t)sum + (uint32_t)(nc_low(a) * nc_low(b)) + (uint32_t)(nc_high(a) * nc_high(b)));
 }
 
-NC_INLINE int32_t nc_mul_high(int32_t a, int32_t b) { return (int32_t)nc_floor_shift((int64_t)a * b + (INT64_C(1) << 31), 32); }
+NC_INLINE int32_t nc_mul_high(int32_t a, int32_t b) { return (int32_t)(((int64_t)a * b + (INT64_C(1) << 31)) >> 32); }
 NC_INLINE int32_t nc_mul_high_add(int32_t a, int32_t b, int32_t c) { return nc_signed((uint32_t)nc_mul_high(a, b) + (uint32_t)c); }
 
 NC_INLINE int32_t nc_saturate(uint32_t bits, int32_t value, uint32_t shift)
 {
     int32_t top = (int32_t)(UINT32_C(1) << (bits - 1));
-    return nc_clamp(nc_floor_shift(value, shift), -top, top - 1);
+    return nc_clamp(value >> shift, -top, top - 1);
 }
 NC_INLINE int32_t nc_saturate8(int32_t value) { return nc_clamp(value, -128, 127); }
 
-NC_INLINE uint32_t nc_leading_zeros(uint32_t word) { return (uint32_t)__builtin_clz(word); } /* word > 0 */
-
 #endif
 
-/* a * b + c and a * b modulo 2^32 */
+/* zeros above the highest one; word > 0 */
+NC_INLINE uint32_t nc_leading_zeros(uint32_t word) { return (uint32_t)__builtin_clz(word); }
+
+/* a * b + c, modulo 2^32 */
 NC_INLINE int32_t nc_mul_add(int32_t a, int32_t b, int32_t c) { return nc_signed((uint32_t)a * (uint32_t)b + (uint32_t)c); }
 
 #endif

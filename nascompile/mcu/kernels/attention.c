@@ -1,0 +1,138 @@
+/* Attention of one head, four query rows at a time: scores, softmax and values without a score matrix. */
+#include "dot.h"
+#include "kernels.h"
+
+#define LEAST_SCORE (-16384)
+
+/* Score words (keys 2j, 2j+1) of the rows to s, and the best score of each row. */
+NC_INLINE void score(const nc_attention_t *op, uint32_t rows, const uint32_t *x, const int8_t *keys, uint32_t *s, int32_t *best)
+{
+    const uint32_t *k = (const uint32_t *)(const void *)keys;
+    uint32_t quads = nc_quads(op->width), top[4], low_half = nc_pack_low((uint32_t)LEAST_SCORE, (uint32_t)LEAST_SCORE);
+    for (uint32_t r = 0; r < rows; r++)
+        top[r] = low_half;
+    for (uint32_t j = 0; j < op->tokens; j += 2, s += rows) {
+        int32_t sums[8] = {0};
+        k = nc_dot(rows, sums, x, k, 2 * quads);
+        for (uint32_t r = 0; r < rows; r++) {
+            int32_t even = nc_saturate(15, nc_mul_high(sums[2 * r], op->score_multiplier), 0);
+            int32_t odd = nc_saturate(15, nc_mul_high(sums[2 * r + 1], op->score_multiplier), 0);
+            if (j + 1 == op->tokens)
+                odd = LEAST_SCORE; /* the pad */
+            s[r] = nc_pack_low((uint32_t)even, (uint32_t)odd);
+            top[r] = nc_max16(top[r], s[r]);
+        }
+    }
+    for (uint32_t r = 0; r < rows; r++)
+        best[r] = nc_low(nc_max16(top[r], top[r] >> 16));
+}
+
+/* Scores of one row to weights, in place; returns their sum. */
+NC_INLINE uint32_t exponentiate(const nc_attention_t *op, uint32_t rows, uint32_t *s, int32_t best)
+{
+    const uint16_t *table = op->exp_table;
+    uint32_t top = nc_pack_low((uint32_t)best, (uint32_t)best);
+    int32_t total = 0;
+    for (uint32_t j = op->tokens / 2; j > 0; j--, s += rows) {
+        uint32_t below = nc_clamp16_1023(nc_sub16(top, *s));
+        *s = nc_pack_low(table[below & 0xFFFF], table[below >> 16]);
+        total = nc_dot2(*s, 0x00010001, total);
+    }
+    if (op->tokens % 2 != 0) {
+        *s = table[nc_clamp16_1023(nc_sub16(top, *s)) & 0xFFFF];
+        total += (int32_t)*s;
+    }
+    return (uint32_t)total;
+}
+
+NC_INLINE void attend(const nc_attention_t *op, uint32_t rows, const int8_t *q, const int8_t *keys, const int8_t *values, int8_t *y,
+                      uint32_t *x)
+{
+    uint32_t *s = x + 2 * rows * nc_quads(op->width), shift[4];
+    int32_t best[4], start[4], multiplier[4];
+    for (uint32_t r = 0; r < rows; r++)
+        nc_expand_row(rows, x + r, q + r * op->q_stride, op->width);
+    score(op, rows, x, keys, s, best);
+    for (uint32_t r = 0; r < rows; r++) {
+        uint32_t total = exponentiate(op, rows, s + r, best[r]);
+        shift[r] = 17 - nc_leading_zeros(total);
+        uint32_t divisor = total >> shift[r];
+        multiplier[r] = (int32_t)((op->ratio + divisor / 2) / divisor * 16);
+        start[r] = nc_mul_add(-op->value_zero, (int32_t)total, 0);
+    }
+    const uint32_t *v = (const uint32_t *)(const void *)values;
+    for (uint32_t c = 0; c < op->width; c += 2) {
+        int32_t sums[8];
+        for (uint32_t r = 0; r < rows; r++)
+            sums[2 * r] = sums[2 * r + 1] = start[r];
+        v = nc_dot(rows, sums, s, v, (op->tokens + 1) / 2);
+        for (uint32_t r = 0; r < rows; r++) {
+            int8_t *to = y + r * op->y_stride + c;
+            to[0] = (int8_t)nc_saturate8(nc_mul_high_add(sums[2 * r] >> shift[r], multiplier[r], op->zero_point));
+            if (c + 1 < op->width)
+                to[1] = (int8_t)nc_saturate8(nc_mul_high_add(sums[2 * r + 1] >> shift[r], multiplier[r], op->zero_point));
+        }
+    }
+}
+
+NC_OPERATOR void nc_attention(const nc_attention_t *op, const int8_t *q, const int8_t *keys, const int8_t *values, int8_t *y, uint32_t rows,
+                              void *scratch)
+{
+    uint32_t step;
+    for (uint32_t r = 0; r < rows; r += step, q += step * op->q_stride, y += step * op->y_stride) {
+        step = nc_block_of(rows - r);
+        if (step == 4)
+            attend(op, 4, q, keys, values, y, scratch);
+        else
+            attend(op, 1, q, keys, values, y, scratch);
+    }
+}
+
+/* A row to every rows-th word: inputs (k, k+1) of each four, zeros behind the last. */
+NC_INLINE void expand_bytes(uint32_t rows, uint32_t *x, const uint8_t *row, uint32_t inputs)
+{
+    for (uint32_t k = 0; k < inputs; k += 2, x += rows)
+        *x = row[k] | (k + 1 < inputs ? (uint32_t)row[k + 1] << 16 : 0);
+}
+
+NC_INLINE void multiply(const nc_matmul_t *op, uint32_t rows, const uint8_t *from, const int8_t *w8, int8_t *y, uint32_t *x)
+{
+    uint32_t pairs = op->of_values ? (op->inputs + 1) / 2 : 2 * nc_quads(op->inputs);
+    int32_t start[4];
+    for (uint32_t r = 0; r < rows; r++, from += op->x_stride) {
+        int32_t sum = 0;
+        if (op->of_values)
+            expand_bytes(rows, x + r, from, op->inputs);
+        else
+            nc_expand_row(rows, x + r, (const int8_t *)from, op->inputs);
+        for (uint32_t p = 0; p < pairs; p++)
+            sum = nc_dot2(x[p * rows + r], 0x00010001, sum);
+        start[r] = -op->w_zero * sum;
+    }
+    const uint32_t *w = (const uint32_t *)(const void *)w8;
+    for (uint32_t o = 0; o < op->outputs; o += 2) {
+        int32_t sums[8];
+        for (uint32_t r = 0; r < rows; r++)
+            sums[2 * r] = sums[2 * r + 1] = start[r];
+        w = nc_dot(rows, sums, x, w, pairs);
+        for (uint32_t r = 0; r < rows; r++) {
+            int8_t *to = y + r * op->y_stride + o;
+            to[0] = (int8_t)nc_saturate8(nc_mul_high_add(sums[2 * r], op->multiplier, op->zero_point));
+            if (o + 1 < op->outputs)
+                to[1] = (int8_t)nc_saturate8(nc_mul_high_add(sums[2 * r + 1], op->multiplier, op->zero_point));
+        }
+    }
+}
+
+NC_OPERATOR void nc_matmul(const nc_matmul_t *op, const void *x, const int8_t *w, int8_t *y, uint32_t rows, void *scratch)
+{
+    const uint8_t *from = x;
+    uint32_t step;
+    for (uint32_t r = 0; r < rows; r += step, from += step * op->x_stride, y += step * op->y_stride) {
+        step = nc_block_of(rows - r);
+        if (step == 4)
+            multiply(op, 4, from, w, y, scratch);
+        else
+            multiply(op, 1, from, w, y, scratch);
+    }
+}

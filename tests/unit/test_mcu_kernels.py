@@ -1,0 +1,337 @@
+"""Every integer kernel against its NumPy definition: on this machine under AddressSanitizer and UBSan, and in QEMU on both cores."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from nascompile.mcu import constants, packing, reference
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMITS = (-128, 127)
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"mcu_kernels_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+run = _load(ROOT / "tools" / "mcu_kernels" / "run.py")
+Buffer, Call = run.Buffer, run.Call
+NONE = Buffer()
+
+
+def _need(*programs: str) -> None:
+    if missing := [program for program in programs if shutil.which(program) is None]:
+        reason = f"no {' '.join(missing)} on PATH: apt-get install -y --no-install-recommends gcc gcc-arm-none-eabi qemu-system-arm"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+def _int8(rng, *shape):
+    return rng.integers(-128, 128, shape, dtype=np.int8)
+
+
+def _weights(rng, *shape):
+    return rng.integers(-127, 128, shape, dtype=np.int8)
+
+
+def _requantizers(rng, inputs, outputs):
+    """Multipliers that spread sums of `inputs` products over int8 and a little past it."""
+    return (2**32 / (rng.uniform(40, 200, outputs) * np.sqrt(inputs))).astype(np.int32)
+
+
+def _linear_weights(rng, inputs, outputs):
+    return _weights(rng, outputs, inputs), rng.integers(-20000, 20000, outputs, dtype=np.int32), _requantizers(rng, inputs, outputs)
+
+
+def linear(rng, tokens, inputs, outputs, *, kind="rows", gap=0, offset=0, extreme=False):
+    x, x_zero, zero = _int8(rng, tokens, inputs + gap), int(rng.integers(-128, 128)), int(rng.integers(-128, 128))
+    weight, bias, multiplier = _linear_weights(rng, inputs, outputs)
+    if extreme:
+        x = rng.choice(np.array(LIMITS, np.int8), x.shape)
+        weight = rng.choice(np.array((-127, 127), np.int8), weight.shape)
+        x[0], weight[0], multiplier[-1] = -128, -127, 2**31 - 1
+    seen, stride, layout = x[:, :inputs], outputs + gap, run.ROWS
+    table, residual, extra, alias = NONE, NONE, {}, None
+    if kind == "residual":
+        rest, rest_zero = _int8(rng, tokens, stride), int(rng.integers(-128, 128))
+        sums = constants.residual(0.05, rest_zero, 0.06, zero)
+        out = reference.linear_onto(seen, x_zero, weight, bias, multiplier, rest[:, :outputs], rest_zero, sums.multiplier, zero)
+        expected = rest.copy()
+        expected[:, :outputs] = out
+        residual, alias = Buffer(rest, offset), 3
+        extra = {"residual_multiplier": sums.multiplier, "residual_constant": sums.constant}
+    else:
+        values = _int8(rng, 256) if kind == "table" else None
+        table = NONE if values is None else Buffer(values)
+        out = reference.linear(seen, x_zero, weight, bias, multiplier, zero, values)
+        expected = np.full((tokens, stride), 0x55, np.int8)
+        expected[:, :outputs] = out
+    if kind == "keys":
+        layout, expected = run.KEYS, run.keys(out, 0x55)
+        stride = 2 * (-(-outputs // 4) * 4)
+    elif kind == "values":
+        layout, expected = run.VALUES, run.values(out, 0x55)
+        stride = 2 * (-(-tokens // 2) * 2)
+    if kind not in ("keys", "values"):
+        expected = expected.ravel()[: (tokens - 1) * stride + outputs]  # nothing behind the last row's last channel is touched
+        if kind == "residual":
+            residual = Buffer(rest.ravel()[: len(expected)], offset)
+    x = x.ravel()[: (tokens - 1) * (inputs + gap) + inputs]
+    return Call("linear", (*run.linear_parameters(inputs, outputs, zero, inputs + gap, stride, layout, **extra), tokens),
+                (run.packed(weight, bias, multiplier, x_zero), table, Buffer(x, offset), residual), expected.size,
+                run.linear_scratch(inputs), alias, offset, expected)  # fmt: skip
+
+
+def low_rank(rng, tokens, inputs, rank, outputs, kind="rows"):
+    x, x_zero, zero = _int8(rng, tokens, inputs), int(rng.integers(-128, 128)), int(rng.integers(-128, 128))
+    weight, bias, _ = _linear_weights(rng, inputs, rank)
+    multiplier = _requantizers(rng, inputs, rank) * 24  # to 13 bits and a little past them
+    second, second_bias, _ = _linear_weights(rng, rank, outputs)
+    second_multiplier = _requantizers(rng, rank, outputs) // 24
+    middle = reference.low_rank_middle(x, x_zero, weight, bias, multiplier)
+    values = _int8(rng, 256) if kind == "table" else None
+    expected = reference.linear(middle, 0, second, second_bias, second_multiplier, zero, values)
+    table, residual, extra = NONE if values is None else Buffer(values), NONE, {}
+    if kind == "residual":
+        rest = _int8(rng, tokens, outputs)
+        sums = constants.residual(0.05, 7, 0.04, zero)
+        expected = reference.linear_onto(middle, 0, second, second_bias, second_multiplier, rest, 7, sums.multiplier, zero)
+        residual, extra = Buffer(rest), {"residual_multiplier": sums.multiplier, "residual_constant": sums.constant}
+    first = (*run.linear_parameters(inputs, rank)[:15], tokens)
+    return Call("low_rank", (*first, *run.linear_parameters(rank, outputs, zero, **extra)),
+                (run.packed(weight, bias, multiplier, x_zero), table, Buffer(x), residual,
+                 Buffer(packing.linear(second, second_bias, second_multiplier, 0, "plain"))),
+                expected.size, run.linear_scratch(inputs) + 8 * (rank + rank % 2), expected=expected)  # fmt: skip
+
+
+def head(rng, inputs, outputs):
+    x, (weight, bias, multiplier) = _int8(rng, 1, inputs), _linear_weights(rng, inputs, outputs)
+    multiplier = multiplier * 20
+    expected = reference.head(x, -5, weight, bias, multiplier)
+    return Call("head", run.linear_parameters(inputs, outputs), (run.packed(weight, bias, multiplier, -5), NONE, Buffer(x)),
+                expected.nbytes, run.linear_scratch(inputs), expected=expected)  # fmt: skip
+
+
+def attention(rng, rows, tokens, width, *, over_q=False, spread=0.02, extreme=False):
+    q, k, v = _int8(rng, rows, width), _int8(rng, tokens, width), _int8(rng, tokens, width)
+    value_zero, zero = int(rng.integers(-128, 128)), int(rng.integers(-128, 128))
+    if extreme:
+        q, k = (rng.choice(np.array(LIMITS, np.int8), part.shape) for part in (q, k))
+        v[:], value_zero = 127, -128
+    sums = constants.attention(spread, spread, 0.02, 0.012, width)
+    table = constants.exp_table()
+    expected = reference.attention(q, k, v, sums.score_multiplier, table, sums.ratio, value_zero, zero)
+    return Call("attention", (sums.score_multiplier, sums.ratio, value_zero, zero, tokens, width, width, width, rows),
+                (Buffer(table), Buffer(q), Buffer(run.keys(k)), Buffer(run.values(v))), rows * width,
+                8 * (-(-width // 4) * 4) + 8 * (tokens + tokens % 2), 1 if over_q else None, expected=expected)  # fmt: skip
+
+
+def scores(rng, rows, tokens, width):
+    q, k = _int8(rng, rows, width), _int8(rng, tokens, width)
+    multiplier = int(_requantizers(rng, width, 1)[0])
+    return Call("matmul", (multiplier, 9, -3, width, tokens, width, tokens, 0, rows), (Buffer(q), Buffer(run.keys(k))), rows * tokens,
+                run.linear_scratch(width), expected=reference.matmul(q, k, 9, multiplier, -3))  # fmt: skip
+
+
+def weighted(rng, rows, tokens, width):
+    p, v = rng.integers(0, 256, (rows, tokens), dtype=np.uint8), _int8(rng, tokens, width)
+    multiplier = int(_requantizers(rng, tokens, 1)[0])
+    return Call("matmul", (multiplier, -4, 11, tokens, width, tokens, width, 1, rows), (Buffer(p), Buffer(run.values(v))), rows * width,
+                run.linear_scratch(tokens), expected=reference.matmul(p, v.T, -4, multiplier, 11))  # fmt: skip
+
+
+def softmax(rng, rows, width, scale, *, in_place=False, fill=None):
+    x = _int8(rng, rows, width) if fill is None else np.full((rows, width), fill, np.int8)
+    table = constants.softmax_table(scale)
+    return Call("softmax", (rows, width), (Buffer(table), Buffer(x)), x.size, alias=1 if in_place else None,
+                expected=reference.softmax(table, x))  # fmt: skip
+
+
+def layer_norm(rng, rows, width, *, spread=128, eps=1e-6, in_place=False, offset=0):
+    x = rng.integers(-spread, spread, (rows, width)).clip(*LIMITS).astype(np.int8)
+    if rows > 2:
+        x[0], x[1] = -128, 5
+        x[1, 0] = 6  # one step off a constant row
+    sums = constants.layer_norm(rng.normal(1, 0.5, width), rng.normal(0, 0.5, width), eps, 0.03, 0.025, int(rng.integers(-20, 20)))
+    return Call("layer_norm", (sums.epsilon, sums.epsilon >> 32, width, width, width, rows), (Buffer(sums.affine), Buffer(x, offset)),
+                x.size, alias=1 if in_place else None, offset=offset, expected=reference.layer_norm(x, sums.affine, sums.epsilon))  # fmt: skip
+
+
+def lookup(rng, count, *, in_place=False, offset=0):
+    x, table = _int8(rng, count), _int8(rng, 256)
+    return Call("lookup", (count,), (Buffer(table), Buffer(x, offset)), count, alias=1 if in_place else None, offset=offset,
+                expected=reference.lookup(table, x))  # fmt: skip
+
+
+def add(rng, count, *, alias=None, scales=(0.04, 0.05, 0.06), offset=0):
+    a, b = _int8(rng, count), _int8(rng, count)
+    sums = constants.add(scales[0], -7, scales[1], 100, scales[2], 3)
+    parameters = (sums.a_multiplier, sums.b_multiplier, sums.constant)
+    return Call("add", (*parameters, count), (Buffer(a, offset), Buffer(b)), count, alias=alias, offset=offset,
+                expected=reference.add(a, b, *parameters))  # fmt: skip
+
+
+def mean(rng, rows, channels, gap=0):
+    x = _int8(rng, rows, channels + gap)
+    multiplier = constants.mean(rows, 0.05, 0.02)
+    return Call("mean", (multiplier, -6, 8, rows, channels, channels + gap), (Buffer(x.ravel()[: x.size - gap]),), channels,
+                expected=reference.mean(x[:, :channels], -6, multiplier, 8))  # fmt: skip
+
+
+def patch_embed(rng, patch, channels, columns, bands, outputs, *, residual=False):
+    image, inputs = _int8(rng, bands * patch, columns * patch, channels), patch * patch * channels
+    weight, bias, multiplier = _linear_weights(rng, inputs, outputs)
+    tokens, rest, extra = reference.patches(image, patch), NONE, {}
+    expected = reference.linear(tokens, -128, weight, bias, multiplier, 4)
+    if residual:
+        position = _int8(rng, bands * columns, outputs)
+        sums = constants.residual(0.01, 0, 0.03, 4)
+        expected = reference.linear_onto(tokens, -128, weight, bias, multiplier, position, 0, sums.multiplier, 4)
+        rest, extra = Buffer(position), {"residual_multiplier": sums.multiplier, "residual_constant": sums.constant}
+    return Call("patch_embed", (*run.linear_parameters(inputs, outputs, 4, 0, **extra), patch, channels, columns, bands),
+                (run.packed(weight, bias, multiplier, -128), NONE, Buffer(image), rest, Buffer(image[:patch])), expected.size,
+                run.linear_scratch(inputs), expected=expected)  # fmt: skip
+
+
+def conv(rng, height, width, channels, outputs, kernel=3, stride=1, pad=1, *, table=False, residual=False):
+    image, x_zero, inputs = _int8(rng, height, width, channels), int(rng.integers(-128, 128)), kernel * kernel * channels
+    weight, bias, multiplier = _linear_weights(rng, inputs, outputs)
+    seen = reference.windows(image, kernel, stride, pad, x_zero).reshape(-1, inputs)
+    values = _int8(rng, 256) if table else None
+    expected, rest, extra = reference.linear(seen, x_zero, weight, bias, multiplier, -9, values), NONE, {}
+    if residual:
+        other = _int8(rng, *expected.shape)
+        sums = constants.residual(0.02, 5, 0.03, -9)
+        expected = reference.linear_onto(seen, x_zero, weight, bias, multiplier, other, 5, sums.multiplier, -9)
+        rest, extra = Buffer(other), {"residual_multiplier": sums.multiplier, "residual_constant": sums.constant}
+    return Call("conv", (*run.linear_parameters(inputs, outputs, -9, 0, **extra), x_zero, height, width, channels, kernel, stride, pad),
+                (run.packed(weight, bias, multiplier, x_zero), NONE if values is None else Buffer(values), Buffer(image), rest),
+                expected.size, run.linear_scratch(inputs) + -(-inputs // 8) * 8, expected=expected)  # fmt: skip
+
+
+def depthwise(rng, height, width, channels, stride=1, pad=1, *, table=False):
+    image, x_zero = _int8(rng, height, width, channels), int(rng.integers(-128, 128))
+    weight, bias, multiplier = _weights(rng, channels, 3, 3), rng.integers(-9999, 9999, channels, np.int32), _requantizers(rng, 9, channels)
+    expected = reference.depthwise(image, x_zero, weight, bias, multiplier, 6, stride, pad)
+    values = _int8(rng, 256) if table else None
+    if values is not None:
+        expected = reference.lookup(values, expected)
+    return Call("depthwise", (x_zero, 6, height, width, channels, stride, pad),
+                (Buffer(packing.depthwise(weight, bias, multiplier)), NONE if values is None else Buffer(values), Buffer(image)),
+                expected.size, expected=expected)  # fmt: skip
+
+
+def average_pool(rng, height, width, channels, kernel, stride):
+    image, multiplier = _int8(rng, height, width, channels), constants.mean(kernel * kernel, 0.05, 0.04)
+    expected = reference.average_pool(image, kernel, stride, 3, multiplier, -2)
+    return Call("average_pool", (multiplier, 3, -2, height, width, channels, kernel, stride), (Buffer(image),), expected.size,
+                expected=expected)  # fmt: skip
+
+
+def calls_of(kernel: str) -> list:
+    """Odd sizes, single tokens and channels, every remainder modulo 4, values at the ends, buffers at odd addresses."""
+    rng = np.random.default_rng(sum(map(ord, kernel)))
+    kinds = ("rows", "table", "residual", "keys", "values")
+    match kernel:
+        case "linear":
+            found = [linear(rng, n, k, m, kind=kind) for kind in kinds for n, k, m in ((1, 1, 1), (4, 4, 2), (5, 27, 7), (11, 66, 5), (6, 34, 8))]
+            found += [linear(rng, n, 8, 3, kind="rows") for n in range(1, 10)] + [linear(rng, 5, k, 3) for k in range(1, 37)]
+            found += [linear(rng, 6, 13, 5, kind=kind, gap=3, offset=1) for kind in ("rows", "table", "residual")]
+            return [*found, linear(rng, 9, 768, 4, extreme=True), linear(rng, 5, 20, 4, kind="residual", extreme=True)]
+        case "low_rank":
+            sizes = ((1, 1, 1, 1), (4, 8, 4, 6), (5, 27, 7, 5), (7, 40, 17, 9), (6, 33, 18, 4))
+            return [low_rank(rng, *size, kind) for size in sizes for kind in ("rows", "table", "residual")]
+        case "head":
+            return [head(rng, inputs, outputs) for inputs, outputs in ((1, 1), (96, 10), (27, 7), (33, 2))]
+        case "attention":
+            found = [attention(rng, rows, n, d) for rows, n, d in ((1, 1, 1), (4, 2, 4), (5, 5, 8), (7, 17, 32), (6, 66, 7), (9, 3, 18))]
+            found += [attention(rng, 6, 19, 16, over_q=True), attention(rng, 5, 512, 8, spread=0.001), attention(rng, 4, 30, 16, spread=1e-6)]
+            return [*found, attention(rng, 5, 65, 64, spread=0.05, extreme=True), attention(rng, 4, 511, 4, spread=0.0, extreme=True)]
+        case "matmul":
+            sizes = ((1, 1, 1), (5, 7, 9), (4, 18, 32), (6, 65, 6))
+            return [make(rng, *size) for make in (scores, weighted) for size in sizes]
+        case "softmax":
+            sizes = [softmax(rng, rows, n, 0.05, in_place=n % 2 == 1) for rows, n in ((1, 1), (3, 2), (5, 17), (2, 196))]
+            return [*sizes, softmax(rng, 2, 300, 0.0), softmax(rng, 2, 9, 10.0), softmax(rng, 1, 7, 0.1, fill=-128), softmax(rng, 1, 1, 1.0, fill=127)]
+        case "layer_norm":
+            found = [layer_norm(rng, 5, n, in_place=n % 2 == 1, offset=n % 4) for n in (2, 3, 4, 7, 33, 96, 192, 1024)]
+            found += [layer_norm(rng, 4, 64, spread=spread, eps=eps) for spread in (1, 2, 300) for eps in (0.0, 1e-5, 1.0)]
+            return found
+        case "lookup":
+            return [lookup(rng, n, in_place=n % 2 == 1, offset=n % 3) for n in (1, 2, 3, 7, 8, 9, 64, 257)]
+        case "add":
+            found = [add(rng, n, alias=alias, offset=0 if alias else 1) for n in (1, 3, 8, 13, 64) for alias in (None, 0, 1)]
+            return [*found, add(rng, 99, scales=(0.2, 0.2, 0.051)), add(rng, 99, scales=(1e-4, 0.2, 0.2))]
+        case "mean":
+            return [mean(rng, *size) for size in ((1, 1), (3, 4), (5, 7, 2), (64, 96), (300, 5))]
+        case "patch_embed":
+            found = [patch_embed(rng, *size, residual=residual) for size in ((4, 3, 8, 3, 6), (2, 1, 5, 2, 3)) for residual in (False, True)]
+            return [*found, patch_embed(rng, 1, 1, 1, 1, 1), patch_embed(rng, 7, 1, 6, 2, 5), patch_embed(rng, 3, 3, 9, 2, 4), patch_embed(rng, 5, 2, 2, 1, 2)]
+        case "conv":
+            found = [conv(rng, h, w, c, m, stride=s, pad=p) for h, w, c, m, s, p in
+                     ((1, 1, 1, 1, 1, 1), (5, 5, 3, 4, 1, 1), (6, 7, 4, 5, 2, 1), (8, 3, 2, 3, 1, 0), (9, 9, 1, 8, 2, 0), (7, 4, 3, 2, 3, 1))]  # fmt: skip
+            found += [conv(rng, 4, 5, 8, 6, 1, 1, 0), conv(rng, 7, 7, 2, 3, 5, 2, 2), conv(rng, 4, 4, 3, 2, table=True)]
+            return [*found, conv(rng, 4, 5, 4, 4, residual=True)]
+        case "depthwise":
+            sizes = ((1, 1, 1, 1, 1), (5, 6, 4, 1, 1), (7, 5, 5, 2, 1), (8, 8, 10, 2, 0), (3, 3, 7, 1, 0), (6, 6, 8, 3, 1))
+            return [depthwise(rng, *size, table=table) for size in sizes for table in (False, True)]
+        case "average_pool":
+            return [average_pool(rng, *size) for size in ((2, 2, 1, 2, 2), (7, 6, 5, 2, 2), (6, 6, 3, 3, 1), (5, 5, 8, 5, 1), (4, 4, 2, 1, 1))]
+    raise AssertionError(kernel)
+
+
+def check(calls, results):
+    for call, result in zip(calls, results, strict=True):
+        expected = np.ascontiguousarray(call.expected).reshape(-1).view(np.int8)
+        wrong = np.flatnonzero(expected != result.output)
+        assert not wrong.size, (call.kernel, call.parameters, wrong[:8], expected[wrong[:8]], result.output[wrong[:8]])
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    _need("gcc")
+    return run.build_host(tmp_path_factory.mktemp("host"))
+
+
+@pytest.mark.parametrize("kernel", run.NAMES)
+def test_a_kernel_returns_what_its_definition_says(kernel, host):
+    calls = calls_of(kernel)
+    check(calls, run.on_host(host, calls))
+
+
+@pytest.mark.parametrize("core", sorted(run.CORES))
+def test_so_does_each_core_in_qemu(core, tmp_path):
+    _need("arm-none-eabi-gcc", "qemu-system-arm")
+    calls = [call for kernel in run.NAMES for call in calls_of(kernel)]
+    results = run.in_qemu(run.build_target(tmp_path, core), calls, core)
+    check(calls, results)
+    assert min(result.instructions for result in results) > 10
+
+
+def test_the_checker_sees_one_wrong_byte(host):
+    [call, *_] = calls_of("add")
+    wrong = Call(**{**vars(call), "expected": call.expected ^ np.int8(1)})
+    with pytest.raises(AssertionError, match="add"):
+        check([wrong], run.on_host(host, [wrong]))
+
+
+def test_the_sanitizer_sees_one_byte_too_few(host):
+    call = linear(np.random.default_rng(0), 5, 12, 4)
+    short = Buffer(call.buffers[2].content.ravel()[:-1])
+    with pytest.raises(RuntimeError, match="heap-buffer-overflow"):
+        run.on_host(host, [Call(**{**vars(call), "buffers": (*call.buffers[:2], short, call.buffers[3])})])
