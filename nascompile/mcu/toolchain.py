@@ -121,11 +121,11 @@ def base(core: Core, functions: tuple[str, ...]) -> Base:
 
 def _probe(folder: Path, core: Core, functions: Sequence[str]) -> Path:
     """A firmware whose model is a table of kernels."""
-    text = '#include "model.h"\nstatic const void *const table[] = {' + ", ".join(f"(const void *){name}" for name in functions) + "};\n"
+    text = '#include "model.h"\nstatic const void *const table[] = {' + ", ".join(f"(const void *){name}" for name in ("nc_mark", *functions)) + "};\n"
     text += "const nc_model_t model;\nconst void *model_run(nc_row_source image, void *context)\n"
     text += "{\n    (void)image, (void)context;\n    return table;\n}\n"
     (folder / "model.c").write_text(text)
-    (folder / "memory_map.h").write_text("#define GUARD_REGIONS {{0x20000000u, 22, 3}}\n")
+    (folder / "memory_map.c").write_text('#include "memory_map.h"\nconst nc_region_t guard_regions[8] = {{0x20000000u, 22, 3}};\n')
     board = Board(
         device="probe", core=core, ram=(Region(origin=0x20000000, size=1 << 20),), flash=Region(origin=0, size=1 << 22), clock_mhz=1,
         stack_bytes=512,
@@ -135,7 +135,7 @@ def _probe(folder: Path, core: Core, functions: Sequence[str]) -> Path:
     firmware = ("harness", "startup", "memory", "io_semihosting")
     sources = [HERE / "firmware" / f"{name}.c" for name in firmware] + sorted((HERE / "kernels").glob("*.c"))
     objects, includes = [], (folder, HERE / "kernels", HERE / "firmware")
-    for path in (folder / "model.c", *sources):
+    for path in (folder / "model.c", folder / "memory_map.c", *sources):
         objects.append(folder / f"{path.stem}.o")
         _compile([*core.flags.split(), *CFLAGS, *(f"-I{place}" for place in includes), "-c", str(path)], objects[-1])
     link = ["-nostdlib", "-nostartfiles", "-Wl,--gc-sections", "-Wl,--no-warn-rwx-segments", "-T", str(folder / "link.ld")]

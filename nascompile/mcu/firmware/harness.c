@@ -45,6 +45,7 @@ static const int8_t *run(void)
 {
     carried = 0;
     current = model.operators;
+    io_restart_counter(); /* the very first start takes longer than those after it */
     overhead = empty_mark();
     for (uint32_t i = 0; i <= model.operators; i++) model.counts[i] = 0;
     reading = 0;

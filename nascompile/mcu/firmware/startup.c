@@ -23,12 +23,11 @@ enum { MPU_CONTROL = 1, MPU_NUMBER = 2, MPU_BASE = 3, MPU_SIZE = 4 };
    On the device itself nothing needs a guard: beyond its RAM there is none. */
 static void guard(void)
 {
-    static const struct { uint32_t base, log2_bytes, access; } regions[8] = GUARD_REGIONS;
     for (uint32_t i = 0; i < 8; i++) {
-        if (!regions[i].log2_bytes) break;
+        if (!guard_regions[i].log2_bytes) break;
         MPU[MPU_NUMBER] = i;
-        MPU[MPU_BASE] = regions[i].base;
-        MPU[MPU_SIZE] = 1u << 28 | regions[i].access << 24 | (regions[i].log2_bytes - 1) << 1 | 1;
+        MPU[MPU_BASE] = guard_regions[i].base;
+        MPU[MPU_SIZE] = 1u << 28 | guard_regions[i].access << 24 | (guard_regions[i].log2_bytes - 1) << 1 | 1;
     }
     MPU[MPU_CONTROL] = 5; /* on; what no region covers is as without it */
     __asm volatile("dsb\n isb");
