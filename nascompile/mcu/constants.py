@@ -35,7 +35,7 @@ def bias_words(bias: npt.ArrayLike, x_scale: float, weight_scale: npt.ArrayLike)
     """Biases in units of x_scale * weight_scale; UnsupportedError past 2^30 (a channel whose weights are all but zero)."""
     steps = np.rint(np.asarray(bias, np.float64) / (x_scale * np.asarray(weight_scale, np.float64)))
     if (np.abs(steps) > 2**30).any():
-        raise UnsupportedError(f"a bias of {np.abs(steps).max():g} steps does not fit 32 bits", hint="give its output channel a larger weight scale")
+        raise UnsupportedError(f"a bias does not fit 32 bits: {np.abs(steps).max():g} steps", hint="give its channel a larger weight scale")
     return steps.astype(np.int32)
 
 
@@ -66,14 +66,19 @@ def add(a_scale: float, a_zero: int, b_scale: float, b_zero: int, y_scale: float
     return Add(a, b, (y_zero << 20) - a_zero * a - b_zero * b + (1 << 19))
 
 
+def _counts(values: Reals) -> npt.NDArray[np.uint16]:
+    found: npt.NDArray[np.uint16] = np.rint(values).astype(np.uint16)
+    return found
+
+
 def exp_table() -> npt.NDArray[np.uint16]:
     """nc_attention's 1024 weights exp(-i / 64), 1.0 = 16384: the same for every network."""
-    return np.rint(16384 * np.exp(-np.arange(1024) / 64)).astype(np.uint16)
+    return _counts(16384 * np.exp(-np.arange(1024) / 64))
 
 
 def softmax_table(x_scale: float) -> npt.NDArray[np.uint16]:
     """nc_softmax's 256 weights exp(-i * x_scale), 1.0 = 32768."""
-    return np.rint(32768 * np.exp(-np.arange(256) * x_scale)).astype(np.uint16)
+    return _counts(32768 * np.exp(-np.arange(256) * x_scale))
 
 
 @dataclass(frozen=True)
@@ -115,12 +120,14 @@ def layer_norm(gamma: Reals, beta: Reals, eps: float, x_scale: float, y_scale: f
 def lookup(function: Callable[[Reals], Reals], x_scale: float, x_zero: int, y_scale: float, y_zero: int) -> npt.NDArray[np.int8]:
     """256 outputs of a function of one value, indexed by the input's byte."""
     x = (np.arange(256).astype(np.uint8).view(np.int8).astype(np.float64) - x_zero) * x_scale
-    return np.clip(np.rint(function(x) / y_scale) + y_zero, -128, 127).astype(np.int8)
+    y: npt.NDArray[np.int8] = np.clip(np.rint(function(x) / y_scale) + y_zero, -128, 127).astype(np.int8)
+    return y
 
 
 def gelu(x: Reals) -> Reals:
     """The exact one, by the error function."""
-    return x * 0.5 * (1 + np.vectorize(math.erf, otypes=[np.float64])(x / math.sqrt(2)))
+    erf: Reals = np.vectorize(math.erf, otypes=[np.float64])(x / math.sqrt(2))
+    return 0.5 * x * (1 + erf)
 
 
 def mean(rows: int, x_scale: float, y_scale: float) -> int:

@@ -21,7 +21,7 @@ def linear(
     group = 4 if order == "quads" else 2
     folded = bias.astype(np.int64) - x_zero * weight.astype(np.int64).sum(1)
     if np.abs(folded).max(initial=0) >= 2**31:
-        raise UnsupportedError(f"a folded bias does not fit 32 bits: {np.abs(folded).max()}", hint="give its output channel a larger weight scale")
+        raise UnsupportedError(f"a bias does not fit 32 bits: {np.abs(folded).max()}", hint="give its channel a larger weight scale")
     rows = outputs + outputs % 2
     padded = np.zeros((rows, -(-inputs // group) * group), np.int8)
     padded[:outputs, :inputs] = weight

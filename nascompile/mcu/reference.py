@@ -73,7 +73,8 @@ def softmax(table: npt.NDArray[np.uint16], x: Bytes) -> npt.NDArray[np.uint8]:
     weights = long(table)[long(x).max(1, keepdims=True) - long(x)]
     total = weights.sum(1, keepdims=True)
     inverse = (2**31 + total // 2) // total
-    return np.minimum(255, (weights * inverse + 2**22) >> 23).astype(np.uint8)
+    y: npt.NDArray[np.uint8] = np.minimum(255, (weights * inverse + 2**22) >> 23).astype(np.uint8)
+    return y
 
 
 def layer_norm(x: Bytes, affine: npt.NDArray[np.int32], epsilon: int) -> Bytes:
@@ -83,11 +84,7 @@ def layer_norm(x: Bytes, affine: npt.NDArray[np.int32], epsilon: int) -> Bytes:
     for row in long(x):
         total = int(row.sum())
         variance = max(1, n * int((row * row).sum()) - total * total + epsilon)
-        q = 0
-        while variance >> (2 * q) >= 2**32:
-            q += 1
-        while variance << (-2 * q) < 2**30:
-            q -= 1
+        q = (variance.bit_length() - 31) // 2  # 2^30 <= variance / 4^q < 2^32
         m = variance >> (2 * q) if q >= 0 else variance << (-2 * q)
         inverse = ((2**32 - 1) // math.isqrt(m)) << 14
         v = high((n * row - total) * 2 ** (9 - q), inverse)

@@ -168,8 +168,9 @@ def layer_norm(rng, rows, width, *, spread=128, eps=1e-6, in_place=False, offset
         x[0], x[1] = -128, 5
         x[1, 0] = 6  # one step off a constant row
     sums = constants.layer_norm(rng.normal(1, 0.5, width), rng.normal(0, 0.5, width), eps, 0.03, 0.025, int(rng.integers(-20, 20)))
+    expected = reference.layer_norm(x, sums.affine, sums.epsilon)
     return Call("layer_norm", (sums.epsilon, sums.epsilon >> 32, width, width, width, rows), (Buffer(sums.affine), Buffer(x, offset)),
-                x.size, alias=1 if in_place else None, offset=offset, expected=reference.layer_norm(x, sums.affine, sums.epsilon))  # fmt: skip
+                x.size, alias=1 if in_place else None, offset=offset, expected=expected)  # fmt: skip
 
 
 def lookup(rng, count, *, in_place=False, offset=0):
@@ -249,7 +250,8 @@ def calls_of(kernel: str) -> list:
     kinds = ("rows", "table", "residual", "keys", "values")
     match kernel:
         case "linear":
-            found = [linear(rng, n, k, m, kind=kind) for kind in kinds for n, k, m in ((1, 1, 1), (4, 4, 2), (5, 27, 7), (11, 66, 5), (6, 34, 8))]
+            sizes = ((1, 1, 1), (4, 4, 2), (5, 27, 7), (11, 66, 5), (6, 34, 8))
+            found = [linear(rng, *size, kind=kind) for kind in kinds for size in sizes]
             found += [linear(rng, n, 8, 3, kind="rows") for n in range(1, 10)] + [linear(rng, 5, k, 3) for k in range(1, 37)]
             found += [linear(rng, 6, 13, 5, kind=kind, gap=3, offset=1) for kind in ("rows", "table", "residual")]
             return [*found, linear(rng, 9, 768, 4, extreme=True), linear(rng, 5, 20, 4, kind="residual", extreme=True)]
@@ -259,15 +261,17 @@ def calls_of(kernel: str) -> list:
         case "head":
             return [head(rng, inputs, outputs) for inputs, outputs in ((1, 1), (96, 10), (27, 7), (33, 2))]
         case "attention":
-            found = [attention(rng, rows, n, d) for rows, n, d in ((1, 1, 1), (4, 2, 4), (5, 5, 8), (7, 17, 32), (6, 66, 7), (9, 3, 18))]
-            found += [attention(rng, 6, 19, 16, over_q=True), attention(rng, 5, 512, 8, spread=0.001), attention(rng, 4, 30, 16, spread=1e-6)]
+            sizes = ((1, 1, 1), (4, 2, 4), (5, 5, 8), (7, 17, 32), (6, 66, 7), (9, 3, 18))
+            found = [attention(rng, *size) for size in sizes] + [attention(rng, 6, 19, 16, over_q=True)]
+            found += [attention(rng, 5, 512, 8, spread=0.001), attention(rng, 4, 30, 16, spread=1e-6)]
             return [*found, attention(rng, 5, 65, 64, spread=0.05, extreme=True), attention(rng, 4, 511, 4, spread=0.0, extreme=True)]
         case "matmul":
             sizes = ((1, 1, 1), (5, 7, 9), (4, 18, 32), (6, 65, 6))
             return [make(rng, *size) for make in (scores, weighted) for size in sizes]
         case "softmax":
-            sizes = [softmax(rng, rows, n, 0.05, in_place=n % 2 == 1) for rows, n in ((1, 1), (3, 2), (5, 17), (2, 196))]
-            return [*sizes, softmax(rng, 2, 300, 0.0), softmax(rng, 2, 9, 10.0), softmax(rng, 1, 7, 0.1, fill=-128), softmax(rng, 1, 1, 1.0, fill=127)]
+            found = [softmax(rng, rows, n, 0.05, in_place=n % 2 == 1) for rows, n in ((1, 1), (3, 2), (5, 17), (2, 196))]
+            found += [softmax(rng, 1, 7, 0.1, fill=fill) for fill in LIMITS]
+            return [*found, softmax(rng, 2, 300, 0.0), softmax(rng, 2, 9, 10.0)]
         case "layer_norm":
             found = [layer_norm(rng, 5, n, in_place=n % 2 == 1, offset=n % 4) for n in (2, 3, 4, 7, 33, 96, 192, 1024)]
             found += [layer_norm(rng, 4, 64, spread=spread, eps=eps) for spread in (1, 2, 300) for eps in (0.0, 1e-5, 1.0)]
@@ -280,18 +284,19 @@ def calls_of(kernel: str) -> list:
         case "mean":
             return [mean(rng, *size) for size in ((1, 1), (3, 4), (5, 7, 2), (64, 96), (300, 5))]
         case "patch_embed":
-            found = [patch_embed(rng, *size, residual=residual) for size in ((4, 3, 8, 3, 6), (2, 1, 5, 2, 3)) for residual in (False, True)]
-            return [*found, patch_embed(rng, 1, 1, 1, 1, 1), patch_embed(rng, 7, 1, 6, 2, 5), patch_embed(rng, 3, 3, 9, 2, 4), patch_embed(rng, 5, 2, 2, 1, 2)]
+            sizes = ((4, 3, 8, 3, 6), (2, 1, 5, 2, 3), (1, 1, 1, 1, 1), (7, 1, 6, 2, 5), (3, 3, 9, 2, 4), (5, 2, 2, 1, 2))
+            return [patch_embed(rng, *size, residual=residual) for size in sizes for residual in (False, True)]
         case "conv":
-            found = [conv(rng, h, w, c, m, stride=s, pad=p) for h, w, c, m, s, p in
-                     ((1, 1, 1, 1, 1, 1), (5, 5, 3, 4, 1, 1), (6, 7, 4, 5, 2, 1), (8, 3, 2, 3, 1, 0), (9, 9, 1, 8, 2, 0), (7, 4, 3, 2, 3, 1))]  # fmt: skip
+            sizes = ((1, 1, 1, 1, 3, 1, 1), (5, 5, 3, 4, 3, 1, 1), (6, 7, 4, 5, 3, 2, 1), (8, 3, 2, 3, 3, 1, 0), (9, 9, 1, 8, 3, 2, 0))
+            found = [conv(rng, *size) for size in (*sizes, (7, 4, 3, 2, 3, 3, 1))]
             found += [conv(rng, 4, 5, 8, 6, 1, 1, 0), conv(rng, 7, 7, 2, 3, 5, 2, 2), conv(rng, 4, 4, 3, 2, table=True)]
             return [*found, conv(rng, 4, 5, 4, 4, residual=True)]
         case "depthwise":
             sizes = ((1, 1, 1, 1, 1), (5, 6, 4, 1, 1), (7, 5, 5, 2, 1), (8, 8, 10, 2, 0), (3, 3, 7, 1, 0), (6, 6, 8, 3, 1))
             return [depthwise(rng, *size, table=table) for size in sizes for table in (False, True)]
         case "average_pool":
-            return [average_pool(rng, *size) for size in ((2, 2, 1, 2, 2), (7, 6, 5, 2, 2), (6, 6, 3, 3, 1), (5, 5, 8, 5, 1), (4, 4, 2, 1, 1))]
+            sizes = ((2, 2, 1, 2, 2), (7, 6, 5, 2, 2), (6, 6, 3, 3, 1), (5, 5, 8, 5, 1), (4, 4, 2, 1, 1))
+            return [average_pool(rng, *size) for size in sizes]
     raise AssertionError(kernel)
 
 

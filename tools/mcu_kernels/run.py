@@ -112,7 +112,8 @@ def build_host(folder: Path, *, sanitize: bool = True) -> Path:
     """The driver for this machine, under AddressSanitizer and UBSan; its path."""
     out = folder / "driver-host"
     flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if sanitize else []
-    _compile(["gcc", *WARNINGS, "-O1", "-g", *flags, f"-I{KERNELS}", *_sources(), str(HERE / "driver.c"), str(HERE / "platform_host.c")], out)
+    sources = [*_sources(), str(HERE / "driver.c"), str(HERE / "platform_host.c")]
+    _compile(["gcc", *WARNINGS, "-O1", "-g", *flags, f"-I{KERNELS}", *sources], out)
     return out
 
 
