@@ -17,6 +17,16 @@ COUNT_REMARK = (
 STACK_BYTES = 4096
 
 
+def modelled_ms(instructions: int, clock_mhz: float) -> float:
+    """Milliseconds by `CYCLE_MODEL`."""
+    return instructions * CYCLES_PER_INSTRUCTION / (clock_mhz * 1e3)
+
+
+def instructions_of(modelled: float, clock_mhz: float) -> int:
+    """The exact count that `modelled_ms` was given."""
+    return round(modelled * clock_mhz * 1e3 / CYCLES_PER_INSTRUCTION)
+
+
 class Core(Record, frozen=True):
     """A processor: how code is compiled for it, and which board of QEMU has it."""
 
@@ -119,8 +129,11 @@ def linker_script(template: str, board: Board, title: str, model_bytes: int) -> 
 
 
 def guard_regions(board: Board) -> tuple[tuple[int, int, int], ...]:
-    """(base, log2 of bytes, access: 0 none, 3 full) for the memory protection unit: all emulated RAM is shut, the device's is opened."""
-    found = [(EMULATED_RAM[0], EMULATED_RAM[1].bit_length() - 1, 0)]
+    """(base, log2 of bytes, access: 0 none, 3 full) for the memory protection unit.
+
+    What lies on both sides of RAM is shut, since the emulated boards take stores there in silence; then the device's RAM is opened.
+    """
+    found = [(EMULATED_RAM[0] - (1 << 28), 28, 0), (EMULATED_RAM[0], 29, 0)]
     at, end = EMULATED_RAM[0], EMULATED_RAM[0] + board.ram_bytes
     while at < end:
         size = 1 << min((at - EMULATED_RAM[0] or EMULATED_RAM[1]).bit_length() - 1, (end - at).bit_length() - 1)
@@ -128,7 +141,7 @@ def guard_regions(board: Board) -> tuple[tuple[int, int, int], ...]:
         found.append((at, size.bit_length() - 1, 3))
         at += size
     if len(found) > 8:
-        raise UnsupportedError(f"a RAM of {board.ram_bytes:,} bytes cannot be guarded: it is no sum of seven powers of two")
+        raise UnsupportedError(f"a RAM of {board.ram_bytes:,} bytes cannot be guarded: it is no sum of six powers of two")
     return tuple(found)
 
 

@@ -21,7 +21,7 @@ CALL_BYTES, LOOP_BYTES, FRAME_BYTES = 72, 64, 128
 """Flash set aside in model.c for a call, a loop over tiles, and the rest; more than they take."""
 STRUCTS = {
     "nc_linear_t": 48, "nc_low_rank_t": 96, "nc_attention_t": 36, "nc_matmul_t": 32, "nc_layer_norm_t": 32, "nc_add_t": 12,
-    "nc_mean_t": 24, "nc_patch_embed_t": 64, "nc_conv_t": 80, "nc_depthwise_t": 40, "nc_average_pool_t": 32, "nc_model_t": 40,
+    "nc_mean_t": 24, "nc_patch_embed_t": 64, "nc_conv_t": 80, "nc_depthwise_t": 36, "nc_average_pool_t": 32, "nc_model_t": 36,
 }  # fmt: skip
 """sizeof, on the target; a test compiles it."""
 EXP_TABLE = "nc.exp_table"
@@ -375,7 +375,7 @@ def written(structure: p.Structure, plan: Plan) -> _Writer:
 
 def model_bytes(writer: _Writer) -> int:
     """Flash set aside for model.c: parameters, calls, names of what is counted."""
-    return writer.model_bytes + _up(len(_names(writer))) + _up(len(COUNT_REMARK) + 3) + STRUCTS["nc_model_t"]
+    return writer.model_bytes + _up(len(_names(writer))) + _up(len(COUNT_REMARK) + 3) + _up(STRUCTS["nc_model_t"])
 
 
 def weights_bytes(structure: p.Structure, used: Mapping[str, None]) -> int:
@@ -400,8 +400,8 @@ def array_of(program: p.Program, name: str) -> npt.NDArray[Any]:
         return program.constants[name]
     for linear, order in linears(program.structure):
         if packed_name(linear) == name:
-            parts = (program.constants[part] for part in (linear.weights, linear.bias, linear.multiplier))
-            return packing.linear(*parts, linear.x_zero, order)
+            weights, bias, multiplier = (program.constants[part] for part in (linear.weights, linear.bias, linear.multiplier))
+            return packing.linear(weights, bias, multiplier, linear.x_zero, order)
     kernel = next(op.kernel for op in program.structure.operations if getattr(op.kernel, "name", "") + ".packed" == name)
     assert isinstance(kernel, p.Depthwise)
     return packing.depthwise(*(program.constants[part] for part in (kernel.weights, kernel.bias, kernel.multiplier)))
@@ -456,8 +456,8 @@ def _model_text(writer: _Writer) -> str:
         "const nc_model_t model = "
         + _braces({
             "input_bytes": program.input_bytes, "row_bytes": program.image[1] * program.image[2],
-            "output_bytes": output.size_bytes, "arena_bytes": plan.arena_bytes, "output_word": word, "operators": len(writer.counted), "names": "names", "counts": "counts",
-            "remark": "remark",
+            "output_bytes": output.size_bytes, "arena_bytes": plan.arena_bytes, "output_word": word, "operators": len(writer.counted),
+            "names": "names", "counts": "counts", "remark": "remark",
         }) + ";",
         "const void *model_run(nc_row_source image, void *context)\n{" + "\n".join(writer.body).replace("\n\n", "\n", 1)
         + f"\n\n    return AT({plan.offsets[program.output]});\n}}\n",

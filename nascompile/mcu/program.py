@@ -425,6 +425,28 @@ class Operation(Record, frozen=True):
     outputs: tuple[str, ...]
 
 
+class Pixels(Record, frozen=True):
+    """How a float sample (channels, height, width) becomes bytes: q = round(x · scale + offset), a channel each."""
+
+    name: str = "pixel_values"
+    scale: tuple[float, ...] = (255.0,)
+    offset: tuple[float, ...] = (-128.0,)
+
+    def quantize(self, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """(n, channels, height, width) floats to (n, height, width, channels) int8."""
+        steps = x.transpose(0, 2, 3, 1) * np.asarray(self.scale) + np.asarray(self.offset)
+        found: np.ndarray[Any, Any] = np.clip(np.rint(steps), -128, 127).astype(np.int8)
+        return found
+
+
+class Logits(Record, frozen=True):
+    """What the output means as floats."""
+
+    name: str = "logits"
+    scale: float = 1.0
+    zero_point: int = 0
+
+
 class Structure(Record, frozen=True):
     """A program without its constants: what a memory plan and a size follow from."""
 
@@ -436,6 +458,8 @@ class Structure(Record, frozen=True):
     input: str
     """The tensor that holds the whole sample; empty where it is read band by band."""
     output: str
+    pixels: Pixels = Pixels()
+    logits: Logits = Logits()
 
     def tensor(self, name: str) -> Tensor:
         return next(t for t in self.tensors if t.name == name)
@@ -455,6 +479,8 @@ class Program:
 
     structure: Structure
     constants: Mapping[str, np.ndarray[Any, Any]]
+    sample: np.ndarray[Any, Any] | None = None
+    """int8, the image that a project's harness shows; None: zeros."""
 
 
 def demand(structure: Structure) -> planner.Demand:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from nascompile.errors import BudgetError
+from nascompile.errors import BudgetError, RecordError
 from nascompile.mcu import emit, planner, program as p, toolchain
 from nascompile.mcu.board import COUNT_REMARK, CYCLES_PER_INSTRUCTION, Board, emulated, guard_regions, linker_script
 from nascompile.records import Record
@@ -95,9 +96,12 @@ def write(
     return tuple(sorted(files))
 
 
-def counted_of(folder: Path) -> list[dict[str, Any]]:
-    """What each counter of a project counts: label, function, macs."""
-    return list(msgspec.json.decode((folder / REPORT).read_bytes())["operators"])
+def facts(folder: Path) -> dict[str, Any]:
+    """`report.json` of a project; RecordError if it cannot be read."""
+    try:
+        return dict(msgspec.json.decode((folder / REPORT).read_bytes()))
+    except (OSError, msgspec.DecodeError) as error:
+        raise RecordError(f"not a project for a microcontroller: {folder}", detail=str(error), hint="build the engine again") from error
 
 
 def up(size: int) -> int:
@@ -134,6 +138,7 @@ def _makefile(board: Board) -> str:
 
 def _report(program: p.Program, planned: Planned, source: emit.Source, board: Board) -> bytes:
     structure, plan, demand = planned.structure, planned.plan, p.demand(planned.structure)
+    output = structure.tensor(structure.output)
     steps = [
         {"operator": step.name, "live_bytes": live, "tile": tile, "scratch_bytes": scratch[1]}
         for step, live, tile, scratch in zip(demand.steps, plan.live, plan.tiles, plan.scratch, strict=True)
@@ -146,7 +151,8 @@ def _report(program: p.Program, planned: Planned, source: emit.Source, board: Bo
         for t in structure.tensors
     ]  # fmt: skip
     body = {
-        "model": structure.name, "device": board.device, "macs": structure.macs,
+        "model": structure.name, "device": board.device, "macs": structure.macs, "image": structure.image, "pixels": structure.pixels,
+        "logits": structure.logits, "output_word": output.size_bytes // math.prod(output.shape),
         "ram": {"used": planned.footprint.ram, "of": board.ram_bytes, "arena": plan.arena_bytes, "stack": board.stack_bytes},
         "flash": {"used": planned.footprint.flash, "of": board.flash.size, "weights": source.weights_bytes},
         "peak": planned.footprint.peak, "order": plan.order,
@@ -159,5 +165,3 @@ def _report(program: p.Program, planned: Planned, source: emit.Source, board: Bo
 
 def _weights_of(kernel: p.Kernel) -> int:
     return sum(m.macs for m in p.maps(kernel)) + (9 * kernel.channels if isinstance(kernel, p.Depthwise) else 0)
-
-

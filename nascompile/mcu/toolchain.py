@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import struct
 import subprocess
@@ -19,8 +20,8 @@ from nascompile.errors import UnsupportedError
 from nascompile.mcu.board import Board, Core, Region, linker_script
 
 HERE = Path(__file__).parent
-COMPILER, EMULATOR = "arm-none-eabi-gcc", "qemu-system-arm"
-INSTALL = "apt-get install -y --no-install-recommends gcc-arm-none-eabi qemu-system-arm make"
+COMPILER, EMULATOR, HOST_COMPILER = "arm-none-eabi-gcc", "qemu-system-arm", "cc"
+INSTALL = "apt-get install -y --no-install-recommends gcc-arm-none-eabi qemu-system-arm gcc libc6-dev make"
 MAGIC = 0x314D434E
 EXITS = {
     95: "the samples end in the middle of one", 96: "results could not be written", 97: "no command line", 98: "a file cannot be opened",
@@ -54,7 +55,7 @@ class Run:
 
 def missing(*programs: str) -> str:
     """Which programs are not installed and how to get them; empty if all are."""
-    absent = [name for name in programs or (COMPILER, EMULATOR, "make") if shutil.which(name) is None]
+    absent = [name for name in programs if shutil.which(name) is None]
     return f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed: {INSTALL}" if absent else ""
 
 
@@ -121,7 +122,8 @@ def base(core: Core, functions: tuple[str, ...]) -> Base:
 
 def _probe(folder: Path, core: Core, functions: Sequence[str]) -> Path:
     """A firmware whose model is a table of kernels."""
-    text = '#include "model.h"\nstatic const void *const table[] = {' + ", ".join(f"(const void *){name}" for name in ("nc_mark", *functions)) + "};\n"
+    addresses = ", ".join(f"(const void *){name}" for name in ("nc_mark", *functions))
+    text = f'#include "model.h"\nstatic const void *const table[] = {{{addresses}}};\n'
     text += "const nc_model_t model;\nconst void *model_run(nc_row_source image, void *context)\n"
     text += "{\n    (void)image, (void)context;\n    return table;\n}\n"
     (folder / "model.c").write_text(text)
@@ -169,3 +171,11 @@ def _finished(command: Sequence[str], scratch: str, samples: int, timeout: float
         why = EXITS.get(done.returncode, done.stderr[-500:] or "it said nothing")
         raise UnsupportedError(f"the firmware ended with status {done.returncode}: {why}")
     return parse((Path(scratch) / "out").read_bytes(), samples)
+
+
+def sources_digest() -> str:
+    """Hash of kernels, firmware and what writes C: projects of different hashes are different programs."""
+    sha = hashlib.sha256()
+    for path in sorted(path for path in HERE.rglob("*") if path.suffix in (".c", ".h", ".ld", ".py") or path.name == "Makefile"):
+        sha.update(path.relative_to(HERE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return sha.hexdigest()[:16]

@@ -5,17 +5,36 @@ Where numbers come from is not known here: `Numbers` gives every part its consta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from nascompile.mcu import constants, program as p
-from nascompile.records import Record
+from nascompile.errors import BudgetError, UnsupportedError
+from nascompile.mcu import constants, program as p, project
+from nascompile.mcu.board import Board
+from nascompile.records import OperatorGraph, Record
 
 Fusion = Literal["none", "blocks", "all"]
 """none: an operator at a time, scores of all heads, the whole image. blocks: image by bands, attention a head at a time, MLP by tiles.
 all: besides, no normalized tensor is ever whole, which costs one more normalization a head."""
+
+
+FUSIONS: tuple[Fusion, ...] = ("blocks", "all")
+"""Faster first."""
+
+
+class Layer(Record, frozen=True):
+    """Sizes of a layer: heads that were kept, channels of each, and of the MLP."""
+
+    heads: int
+    head_width: int
+    hidden: int
+
+    @property
+    def inner(self) -> int:
+        return self.heads * self.head_width
 
 
 class Shape(Record, frozen=True):
@@ -24,9 +43,7 @@ class Shape(Record, frozen=True):
     image: tuple[int, int, int]
     patch: int
     width: int
-    heads: int
-    hidden: tuple[int, ...]
-    """Of each layer's MLP."""
+    layers: tuple[Layer, ...]
     classes: int
 
     @property
@@ -36,6 +53,29 @@ class Shape(Record, frozen=True):
     @property
     def tokens(self) -> int:
         return self.patches + 1
+
+    @classmethod
+    def uniform(cls, image: tuple[int, int, int], patch: int, width: int, depth: int, heads: int, hidden: int, classes: int) -> Shape:
+        """The same sizes in every layer."""
+        layers = (Layer(heads=heads, head_width=width // heads, hidden=hidden),) * depth
+        return cls(image=image, patch=patch, width=width, layers=layers, classes=classes)
+
+    @classmethod
+    def of_graph(cls, graph: OperatorGraph, resolution: tuple[int, int]) -> Shape:
+        """From the operators of a `vit` candidate; UnsupportedError for another family's."""
+        by_kind: dict[str, list[dict[str, int]]] = {}
+        for node in graph.nodes:
+            by_kind.setdefault(node.operator.kind, []).append(dict(node.operator.dims))
+        if set(by_kind) != {"embedding", "attention", "mlp", "head"} or "patch" not in by_kind["embedding"][0]:
+            kinds = ", ".join(sorted(by_kind))
+            raise UnsupportedError(f"no microcontroller program for operators {kinds}", hint="vision transformers have one")
+        [embedding], [head] = by_kind["embedding"], by_kind["head"]
+        layers = tuple(
+            Layer(heads=a["heads"], head_width=a["head_dim"], hidden=m["width"])
+            for a, m in zip(by_kind["attention"], by_kind["mlp"], strict=True)
+        )
+        image = (*resolution, embedding["channels"])
+        return cls(image=image, patch=embedding["patch"], width=embedding["hidden"], layers=layers, classes=head["labels"])
 
 
 class Numbers(Protocol):
@@ -84,9 +124,9 @@ def build(name: str, shape: Shape, numbers: Numbers, fusion: Fusion = "blocks") 
     b = _Building(numbers)
     image = b.tensor("image", shape.image) if fusion == "none" else ""
     x = b.add("embedding", _embed(shape, numbers, streamed=not image), (image,) if image else (), "tokens", (shape.tokens, shape.width))
-    for i in range(len(shape.hidden)):
-        rows = 1 if i == len(shape.hidden) - 1 else shape.tokens
-        x = (_plain_layer if fusion == "none" else _fused_layer)(b, f"layers.{i}", shape, shape.hidden[i], rows, x, fusion == "all")
+    for i, layer in enumerate(shape.layers):
+        rows = 1 if i == len(shape.layers) - 1 else shape.tokens
+        x = (_plain_layer if fusion == "none" else _fused_layer)(b, f"layers.{i}", shape, layer, rows, x, fusion == "all")
     normalized = b.add("norm", p.Normalize(norm=numbers.norm("norm", shape.width), rows=1), (x,), "features", (1, shape.width))
     head = numbers.map("head", shape.width, shape.classes)
     assert isinstance(head, p.Linear)
@@ -107,35 +147,35 @@ def _embed(shape: Shape, numbers: Numbers, streamed: bool) -> p.Embed:
     )  # fmt: skip
 
 
-def _fused_layer(b: _Building, at: str, shape: Shape, hidden: int, rows: int, x: str, repeat_norm: bool) -> str:
+def _fused_layer(b: _Building, at: str, shape: Shape, layer: Layer, rows: int, x: str, repeat_norm: bool) -> str:
     """Attention a head at a time over queries, MLP by tiles over the tokens."""
-    n, d, width = shape.tokens, shape.width, shape.width // shape.heads
+    n, d, inner = shape.tokens, shape.width, layer.inner
     norm: p.Norm | None = b.numbers.norm(f"{at}.norm1", d)
     assert norm is not None
     source = x
     if not repeat_norm:
         source = b.add(f"{at}.norm1", p.Normalize(norm=norm, rows=n), (x,), f"{at}.normalized", (n, d))
         norm = None
-    queries = p.Dense(map=b.numbers.map(f"{at}.queries", d, d), rows=rows, norm=norm)
-    q = b.add(f"{at}.queries", queries, (source,), f"{at}.q", (rows, d))
-    heads = tuple(b.numbers.head(f"{at}.head{h}", d, width) for h in range(shape.heads))
-    attend = p.Attend(heads=heads, width=width, tokens=n, rows=rows, norm=norm)
-    mixed = b.add(f"{at}.attention", attend, (source, q), f"{at}.mixed", (rows, d))
-    project = p.Dense(map=b.numbers.map(f"{at}.projection", d, d, residual=True), rows=rows)
+    queries = p.Dense(map=b.numbers.map(f"{at}.queries", d, inner), rows=rows, norm=norm)
+    q = b.add(f"{at}.queries", queries, (source,), f"{at}.q", (rows, inner))
+    heads = tuple(b.numbers.head(f"{at}.head{h}", d, layer.head_width) for h in range(layer.heads))
+    attend = p.Attend(heads=heads, width=layer.head_width, tokens=n, rows=rows, norm=norm)
+    mixed = b.add(f"{at}.attention", attend, (source, q), f"{at}.mixed", (rows, inner))
+    project = p.Dense(map=b.numbers.map(f"{at}.projection", inner, d, residual=True), rows=rows)
     # where only the class token goes on, the residual is the first row of x
     x = b.add(f"{at}.projection", project, (mixed, x), f"{at}.attended", (rows, d))
-    up = b.numbers.map(f"{at}.up", d, hidden, gelu=True)
-    down = b.numbers.map(f"{at}.down", hidden, d, residual=True)
+    up = b.numbers.map(f"{at}.up", d, layer.hidden, gelu=True)
+    down = b.numbers.map(f"{at}.down", layer.hidden, d, residual=True)
     mlp = p.Mlp(norm=b.numbers.norm(f"{at}.norm2", d), up=up, down=down, rows=rows)
     return b.add(f"{at}.mlp", mlp, (x,), f"{at}.out", (rows, d))
 
 
-def _plain_layer(b: _Building, at: str, shape: Shape, hidden: int, rows: int, x: str, _: bool) -> str:
+def _plain_layer(b: _Building, at: str, shape: Shape, layer: Layer, rows: int, x: str, _: bool) -> str:
     """Every operator by itself."""
-    n, d, heads = shape.tokens, shape.width, shape.heads
-    width, numbers = d // heads, b.numbers
+    n, d, heads, numbers = shape.tokens, shape.width, layer.heads, b.numbers
+    width, inner, hidden = layer.head_width, layer.inner, layer.hidden
     source = b.add(f"{at}.norm1", p.Normalize(norm=numbers.norm(f"{at}.norm1", d), rows=n), (x,), f"{at}.normalized", (n, d))
-    q = b.add(f"{at}.queries", p.Dense(map=numbers.map(f"{at}.queries", d, d), rows=rows), (source,), f"{at}.q", (rows, d))
+    q = b.add(f"{at}.queries", p.Dense(map=numbers.map(f"{at}.queries", d, inner), rows=rows), (source,), f"{at}.q", (rows, inner))
     parts = [numbers.head(f"{at}.head{h}", d, width) for h in range(heads)]
     keys = p.Split(maps=tuple(h.keys for h in parts), rows=n, layout="keys")
     k = b.add(f"{at}.keys", keys, (source,), f"{at}.k", (heads, n, width), heads * keys.head_bytes)
@@ -146,8 +186,8 @@ def _plain_layer(b: _Building, at: str, shape: Shape, hidden: int, rows: int, x:
     softmax = p.Softmax(table=numbers.table(f"{at}.softmax", "softmax"), rows=heads * rows, width=n)
     e = b.add(f"{at}.softmax", softmax, (s,), f"{at}.e", (heads, rows, n))
     mix = p.Mix(products=numbers.products(f"{at}.mix", heads, scores=False), rows=rows, tokens=n, width=width)
-    mixed = b.add(f"{at}.mix", mix, (e, v), f"{at}.mixed", (rows, d))
-    projected = b.add(f"{at}.projection", p.Dense(map=numbers.map(f"{at}.projection", d, d), rows=rows), (mixed,), f"{at}.o", (rows, d))
+    mixed = b.add(f"{at}.mix", mix, (e, v), f"{at}.mixed", (rows, inner))
+    projected = b.add(f"{at}.projection", p.Dense(map=numbers.map(f"{at}.projection", inner, d), rows=rows), (mixed,), f"{at}.o", (rows, d))
     x = b.add(f"{at}.add1", numbers.add(f"{at}.add1", rows * d), (projected, x), f"{at}.attended", (rows, d))
     source = b.add(f"{at}.norm2", p.Normalize(norm=numbers.norm(f"{at}.norm2", d), rows=rows), (x,), f"{at}.normalized2", (rows, d))
     up = b.add(f"{at}.up", p.Dense(map=numbers.map(f"{at}.up", d, hidden), rows=rows), (source,), f"{at}.h", (rows, hidden))
@@ -155,6 +195,41 @@ def _plain_layer(b: _Building, at: str, shape: Shape, hidden: int, rows: int, x:
     g = b.add(f"{at}.gelu", lookup, (up,), f"{at}.g", (rows, hidden))
     down = b.add(f"{at}.down", p.Dense(map=numbers.map(f"{at}.down", hidden, d), rows=rows), (g,), f"{at}.m", (rows, d))
     return b.add(f"{at}.add2", numbers.add(f"{at}.add2", rows * d), (down, x), f"{at}.out", (rows, d))
+
+
+class SizesOnly:
+    """Parts without numbers: enough for a memory plan and a footprint."""
+
+    def __init__(self) -> None:
+        self.constants: dict[str, np.ndarray[Any, Any]] = {}
+
+    def map(self, name: str, inputs: int, outputs: int, *, gelu: bool = False, residual: bool = False) -> p.Map:
+        return p.Linear(
+            name=name, weights="", bias="", multiplier="", inputs=inputs, outputs=outputs, table=f"{name}.gelu" if gelu else "",
+            residual_multiplier=int(residual),
+        )  # fmt: skip
+
+    def norm(self, name: str, width: int) -> p.Norm:
+        return p.Norm(name=name, affine=f"{name}.affine", epsilon=0, width=width)
+
+    def head(self, name: str, inputs: int, width: int) -> p.Head:
+        keys, values = self.map(f"{name}.keys", inputs, width), self.map(f"{name}.values", inputs, width)
+        return p.Head(name=name, keys=keys, values=values, score_multiplier=0, ratio=0, value_zero=0, zero_point=0)
+
+    def products(self, name: str, heads: int, *, scores: bool) -> tuple[p.Product, ...]:
+        return tuple(p.Product(name=f"{name}.{h}", multiplier=0, w_zero=0, zero_point=0) for h in range(heads))
+
+    def table(self, name: str, kind: Literal["gelu", "softmax"]) -> str:
+        return name
+
+    def add(self, name: str, count: int) -> p.Add:
+        return p.Add(a_multiplier=0, b_multiplier=0, constant=0, count=count)
+
+    def rows(self, name: str, rows: int, width: int) -> str:
+        return name
+
+    def scale(self, name: str) -> tuple[float, int]:
+        return 1.0, 0
 
 
 class RandomNumbers:
@@ -228,3 +303,14 @@ class RandomNumbers:
 
     def scale(self, name: str) -> tuple[float, int]:
         return 1.0, 0
+
+
+def fitting(make: Callable[[Fusion], p.Program], board: Board) -> tuple[p.Program, project.Planned]:
+    """The fastest of the fused programs that fits a board, else the smallest, placed without regard to the limits."""
+    for fusion in FUSIONS:
+        program = make(fusion)
+        try:
+            return program, project.place(program.structure, board)
+        except BudgetError:
+            continue
+    return program, project.place(program.structure, board, smallest=True, enforce=False)

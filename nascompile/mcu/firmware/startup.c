@@ -9,7 +9,13 @@ extern uint32_t _data_load, _data_start, _data_end, _bss_start, _bss_end, _stack
 int main(int arguments, char **argument);
 void Reset_Handler(void);
 
-static void fault(void) { io_stop(99); }
+static _Noreturn void __attribute__((used)) give_up(void) { io_stop(99); }
+
+/* On a fresh stack: the fault may be that the old one has left the RAM. */
+static void __attribute__((naked)) fault(void)
+{
+    __asm volatile("ldr sp, =_stack_end\n b give_up\n .ltorg");
+}
 
 __attribute__((section(".vectors"), used)) static void (*const vectors[16])(void) = {
     (void (*)(void))&_stack_end, Reset_Handler, fault, fault, fault, fault, fault,
