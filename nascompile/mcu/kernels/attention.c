@@ -8,19 +8,20 @@
 NC_INLINE void score(const nc_attention_t *op, uint32_t rows, const uint32_t *x, const int8_t *keys, uint32_t *s, int32_t *best)
 {
     const uint32_t *k = (const uint32_t *)(const void *)keys;
-    uint32_t quads = nc_quads(op->width), top[4], low_half = nc_pack_low((uint32_t)LEAST_SCORE, (uint32_t)LEAST_SCORE);
+    const uint32_t quads = nc_quads(op->width), tokens = op->tokens;
+    const int32_t multiplier = op->score_multiplier;
+    uint32_t top[4];
     for (uint32_t r = 0; r < rows; r++)
-        top[r] = low_half;
-    for (uint32_t j = 0; j < op->tokens; j += 2, s += rows) {
+        top[r] = nc_pack_low((uint32_t)LEAST_SCORE, (uint32_t)LEAST_SCORE);
+    for (uint32_t j = 0; j < tokens; j += 2, s += rows) {
         int32_t sums[8] = {0};
         k = nc_dot(rows, sums, x, k, 2 * quads);
         for (uint32_t r = 0; r < rows; r++) {
-            int32_t even = nc_saturate(15, nc_mul_high(sums[2 * r], op->score_multiplier), 0);
-            int32_t odd = nc_saturate(15, nc_mul_high(sums[2 * r + 1], op->score_multiplier), 0);
-            if (j + 1 == op->tokens)
-                odd = LEAST_SCORE; /* the pad */
-            s[r] = nc_pack_low((uint32_t)even, (uint32_t)odd);
-            top[r] = nc_max16(top[r], s[r]);
+            uint32_t word = nc_narrow2(sums[2 * r], sums[2 * r + 1], multiplier, multiplier, 15);
+            if (j + 1 == tokens)
+                word = nc_pack_low(word, (uint32_t)LEAST_SCORE); /* the pad */
+            s[r] = word;
+            top[r] = nc_max16(top[r], word);
         }
     }
     for (uint32_t r = 0; r < rows; r++)
@@ -61,16 +62,20 @@ NC_INLINE void attend(const nc_attention_t *op, uint32_t rows, const int8_t *q, 
         start[r] = nc_mul_add(-op->value_zero, (int32_t)total, 0);
     }
     const uint32_t *v = (const uint32_t *)(const void *)values;
-    for (uint32_t c = 0; c < op->width; c += 2) {
+    const uint32_t width = op->width, stride = op->y_stride, pairs = (op->tokens + 1) / 2;
+    const int32_t zero_point = op->zero_point;
+    for (uint32_t c = 0; c < width; c += 2) {
         int32_t sums[8];
         for (uint32_t r = 0; r < rows; r++)
             sums[2 * r] = sums[2 * r + 1] = start[r];
-        v = nc_dot(rows, sums, s, v, (op->tokens + 1) / 2);
+        v = nc_dot(rows, sums, s, v, pairs);
         for (uint32_t r = 0; r < rows; r++) {
-            int8_t *to = y + r * op->y_stride + c;
-            to[0] = (int8_t)nc_saturate8(nc_mul_high_add(sums[2 * r] >> shift[r], multiplier[r], op->zero_point));
-            if (c + 1 < op->width)
-                to[1] = (int8_t)nc_saturate8(nc_mul_high_add(sums[2 * r + 1] >> shift[r], multiplier[r], op->zero_point));
+            int8_t *to = y + r * stride + c;
+            sums[2 * r] >>= shift[r], sums[2 * r + 1] >>= shift[r];
+            nc_requantize2(sums + 2 * r, multiplier[r], multiplier[r], zero_point);
+            to[0] = (int8_t)sums[2 * r];
+            if (c + 1 < width)
+                to[1] = (int8_t)sums[2 * r + 1];
         }
     }
 }
