@@ -37,6 +37,7 @@ NC_INLINE uint32_t nc_load4(const void *from)
 
 NC_INLINE int32_t nc_signed(uint32_t word) { return (int32_t)word; } /* modulo 2^32, in every compiler that has this target */
 NC_INLINE int32_t nc_low(uint32_t word) { return (int32_t)(int16_t)(uint16_t)(word & 0xFFFFU); }
+NC_INLINE int32_t nc_signed_byte(uint32_t word) { return (int32_t)(int8_t)(uint8_t)(word & 0xFFU); }
 NC_INLINE int32_t nc_high(uint32_t word) { return (int32_t)(int16_t)(uint16_t)(word >> 16); }
 
 #if NC_ON_TARGET
@@ -79,6 +80,14 @@ NC_INLINE uint32_t nc_odd_bytes(uint32_t word)
     return r;
 }
 
+/* The larger signed byte of each. */
+NC_INLINE uint32_t nc_max8(uint32_t a, uint32_t b)
+{
+    uint32_t r;
+    __asm__("ssub8 %0, %1, %2\n\tsel %0, %1, %2" : "=&r"(r) : "r"(a), "r"(b) : "cc");
+    return r;
+}
+
 /* each signed half clamped to [0, 1023] */
 NC_INLINE uint32_t nc_clamp16_1023(uint32_t word)
 {
@@ -92,6 +101,14 @@ NC_INLINE int32_t nc_dot2(uint32_t a, uint32_t b, int32_t sum)
 {
     int32_t r;
     __asm__("smlad %0, %1, %2, %3" : "=r"(r) : "r"(a), "r"(b), "r"(sum));
+    return r;
+}
+
+/* a * b + c, modulo 2^32: GCC would part the sum to share pieces of it, at an instruction each */
+NC_INLINE int32_t nc_mul_add(int32_t a, int32_t b, int32_t c)
+{
+    int32_t r;
+    __asm__("mla %0, %1, %2, %3" : "=r"(r) : "r"(a), "r"(b), "r"(c));
     return r;
 }
 
@@ -165,7 +182,13 @@ NC_INLINE uint32_t nc_max16(uint32_t a, uint32_t b)
     return nc_pair(nc_low(a) >= nc_low(b) ? nc_low(a) : nc_low(b), nc_high(a) >= nc_high(b) ? nc_high(a) : nc_high(b));
 }
 
-NC_INLINE int32_t nc_signed_byte(uint32_t word) { return (int32_t)(int8_t)(uint8_t)(word & 0xFFU); }
+NC_INLINE uint32_t nc_max8(uint32_t a, uint32_t b)
+{
+    uint32_t r = 0;
+    for (uint32_t bit = 0; bit < 32; bit += 8)
+        r |= (nc_signed_byte(a >> bit) >= nc_signed_byte(b >> bit) ? a : b) & UINT32_C(0xFF) << bit;
+    return r;
+}
 NC_INLINE uint32_t nc_even_bytes(uint32_t word) { return nc_pair(nc_signed_byte(word), nc_signed_byte(word >> 16)); }
 NC_INLINE uint32_t nc_odd_bytes(uint32_t word) { return nc_pair(nc_signed_byte(word >> 8), nc_signed_byte(word >> 24)); }
 
@@ -181,6 +204,7 @@ NC_INLINE int32_t nc_dot2(uint32_t a, uint32_t b, int32_t sum)
     return nc_signed((uint32_t)sum + (uint32_t)(nc_low(a) * nc_low(b)) + (uint32_t)(nc_high(a) * nc_high(b)));
 }
 
+NC_INLINE int32_t nc_mul_add(int32_t a, int32_t b, int32_t c) { return nc_signed((uint32_t)a * (uint32_t)b + (uint32_t)c); }
 NC_INLINE int32_t nc_mul_high(int32_t a, int32_t b) { return (int32_t)(((int64_t)a * b + (INT64_C(1) << 31)) >> 32); }
 NC_INLINE int32_t nc_mul_high_add(int32_t a, int32_t b, int32_t c) { return nc_signed((uint32_t)nc_mul_high(a, b) + (uint32_t)c); }
 
@@ -211,8 +235,5 @@ NC_INLINE uint32_t nc_narrow2(int32_t a, int32_t b, int32_t m0, int32_t m1, uint
 
 /* zeros above the highest one; word > 0 */
 NC_INLINE uint32_t nc_leading_zeros(uint32_t word) { return (uint32_t)__builtin_clz(word); }
-
-/* a * b + c, modulo 2^32 */
-NC_INLINE int32_t nc_mul_add(int32_t a, int32_t b, int32_t c) { return nc_signed((uint32_t)a * (uint32_t)b + (uint32_t)c); }
 
 #endif
