@@ -77,8 +77,8 @@ def exp_table() -> npt.NDArray[np.uint16]:
 
 
 def softmax_table(x_scale: float) -> npt.NDArray[np.uint16]:
-    """nc_softmax's 256 weights exp(-i * x_scale), 1.0 = 32768."""
-    return _counts(32768 * np.exp(-np.arange(256) * x_scale))
+    """nc_softmax's 256 weights exp((i - 255) * x_scale), 1.0 = 32768."""
+    return _counts(32768 * np.exp((np.arange(256) - 255) * x_scale))
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def matmul(x: npt.NDArray[np.int8] | npt.NDArray[np.uint8], w: Bytes, w_zero: in
 
 
 def softmax(table: npt.NDArray[np.uint16], x: Bytes) -> npt.NDArray[np.uint8]:
-    weights = long(table)[long(x).max(1, keepdims=True) - long(x)]
+    weights = long(table)[255 - long(x).max(1, keepdims=True) + long(x)]
     total = weights.sum(1, keepdims=True)
     inverse = (2**31 + total // 2) // total
     y: npt.NDArray[np.uint8] = np.minimum(255, (weights * inverse + 2**22) >> 23).astype(np.uint8)

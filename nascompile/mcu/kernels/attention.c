@@ -4,41 +4,42 @@
 
 #define LEAST_SCORE (-16384)
 
-/* Score words (keys 2j, 2j+1) of the rows to s, and the best score of each row. */
-NC_INLINE void score(const nc_attention_t *op, uint32_t rows, const uint32_t *x, const int8_t *keys, uint32_t *s, int32_t *best)
+/* Scores of the rows with keys (2j, 2j + 1), one word each. */
+NC_INLINE void score(const nc_attention_t *op, uint32_t rows, const uint32_t *x, const int8_t *keys, uint32_t *s)
 {
     const uint32_t *k = (const uint32_t *)(const void *)keys;
-    uint32_t quads = nc_quads(op->width), top[4], low_half = nc_pack_low((uint32_t)LEAST_SCORE, (uint32_t)LEAST_SCORE);
-    for (uint32_t r = 0; r < rows; r++)
-        top[r] = low_half;
-    for (uint32_t j = 0; j < op->tokens; j += 2, s += rows) {
+    const uint32_t pairs = 2 * nc_quads(op->width);
+    const int32_t multiplier = op->score_multiplier;
+    for (uint32_t left = (op->tokens + 1) / 2; left > 0; left--, s += rows) {
         int32_t sums[8] = {0};
-        k = nc_dot(rows, sums, x, k, 2 * quads);
-        for (uint32_t r = 0; r < rows; r++) {
-            int32_t even = nc_saturate(15, nc_mul_high(sums[2 * r], op->score_multiplier), 0);
-            int32_t odd = nc_saturate(15, nc_mul_high(sums[2 * r + 1], op->score_multiplier), 0);
-            if (j + 1 == op->tokens)
-                odd = LEAST_SCORE; /* the pad */
-            s[r] = nc_pack_low((uint32_t)even, (uint32_t)odd);
-            top[r] = nc_max16(top[r], s[r]);
-        }
+        k = nc_dot(rows, sums, x, k, pairs);
+        for (uint32_t r = 0; r < rows; r++)
+            s[r] = nc_narrow2(sums[2 * r], sums[2 * r + 1], multiplier, multiplier, 15);
     }
-    for (uint32_t r = 0; r < rows; r++)
-        best[r] = nc_low(nc_max16(top[r], top[r] >> 16));
+    if (op->tokens % 2 != 0)
+        for (uint32_t r = 1; r <= rows; r++) /* the pad's score */
+            s[-(int32_t)r] = nc_pack_low(s[-(int32_t)r], (uint32_t)LEAST_SCORE);
 }
 
 /* Scores of one row to weights, in place; returns their sum. */
-NC_INLINE uint32_t exponentiate(const nc_attention_t *op, uint32_t rows, uint32_t *s, int32_t best)
+NC_INLINE uint32_t exponentiate(const nc_attention_t *op, uint32_t rows, uint32_t *s)
 {
     const uint16_t *table = op->exp_table;
-    uint32_t top = nc_pack_low((uint32_t)best, (uint32_t)best);
+    const uint32_t words = op->tokens / 2, odd = op->tokens % 2;
+    uint32_t top = nc_pack_low((uint32_t)LEAST_SCORE, (uint32_t)LEAST_SCORE);
     int32_t total = 0;
-    for (uint32_t j = op->tokens / 2; j > 0; j--, s += rows) {
+#pragma GCC unroll 4
+    for (uint32_t j = 0; j < words + odd; j++)
+        top = nc_max16(top, s[j * rows]);
+    top = nc_max16(top, top >> 16);
+    top = nc_pack_low(top, top);
+#pragma GCC unroll 4
+    for (uint32_t j = 0; j < words; j++, s += rows) {
         uint32_t below = nc_clamp16_1023(nc_sub16(top, *s));
         *s = nc_pack_low(table[below & 0xFFFF], table[below >> 16]);
         total = nc_dot2(*s, 0x00010001, total);
     }
-    if (op->tokens % 2 != 0) {
+    if (odd) {
         *s = table[nc_clamp16_1023(nc_sub16(top, *s)) & 0xFFFF];
         total += (int32_t)*s;
     }
@@ -49,28 +50,32 @@ NC_INLINE void attend(const nc_attention_t *op, uint32_t rows, const int8_t *q, 
                       uint32_t *x)
 {
     uint32_t *s = x + 2 * rows * nc_quads(op->width), shift[4];
-    int32_t best[4], start[4], multiplier[4];
+    int32_t start[4], multiplier[4];
     for (uint32_t r = 0; r < rows; r++)
         nc_expand_row(rows, x + r, q + r * op->q_stride, op->width);
-    score(op, rows, x, keys, s, best);
+    score(op, rows, x, keys, s);
     for (uint32_t r = 0; r < rows; r++) {
-        uint32_t total = exponentiate(op, rows, s + r, best[r]);
+        uint32_t total = exponentiate(op, rows, s + r);
         shift[r] = 17 - nc_leading_zeros(total);
         uint32_t divisor = total >> shift[r];
         multiplier[r] = (int32_t)((op->ratio + divisor / 2) / divisor * 16);
         start[r] = nc_mul_add(-op->value_zero, (int32_t)total, 0);
     }
     const uint32_t *v = (const uint32_t *)(const void *)values;
-    for (uint32_t c = 0; c < op->width; c += 2) {
+    const uint32_t width = op->width, stride = op->y_stride, pairs = (op->tokens + 1) / 2;
+    const int32_t zero_point = op->zero_point;
+    for (uint32_t c = 0; c < width; c += 2) {
         int32_t sums[8];
         for (uint32_t r = 0; r < rows; r++)
             sums[2 * r] = sums[2 * r + 1] = start[r];
-        v = nc_dot(rows, sums, s, v, (op->tokens + 1) / 2);
+        v = nc_dot(rows, sums, s, v, pairs);
         for (uint32_t r = 0; r < rows; r++) {
-            int8_t *to = y + r * op->y_stride + c;
-            to[0] = (int8_t)nc_saturate8(nc_mul_high_add(sums[2 * r] >> shift[r], multiplier[r], op->zero_point));
-            if (c + 1 < op->width)
-                to[1] = (int8_t)nc_saturate8(nc_mul_high_add(sums[2 * r + 1] >> shift[r], multiplier[r], op->zero_point));
+            int8_t *to = y + r * stride + c;
+            sums[2 * r] >>= shift[r], sums[2 * r + 1] >>= shift[r];
+            nc_requantize2(sums + 2 * r, multiplier[r], multiplier[r], zero_point);
+            to[0] = (int8_t)sums[2 * r];
+            if (c + 1 < width) /* a lone last channel: the second is of the pad */
+                to[1] = (int8_t)sums[2 * r + 1];
         }
     }
 }

@@ -55,7 +55,48 @@ NC_INLINE const uint32_t *nc_dot_4x2(int32_t *sums, const uint32_t *words, const
     return w;
 }
 
+#define NC_FINISH(even, odd)                                                                                                    \
+    "smmlar %[s" #even "], %[s" #even "], %[p], %[u]\n\t"                                                                       \
+    "smmlar %[s" #odd "], %[s" #odd "], %[q], %[u]\n\t"                                                                         \
+    "ssat %[s" #even "], #8, %[s" #even "]\n\t"                                                                                 \
+    "ssat %[s" #odd "], #8, %[s" #odd "]\n\t"
+
+/* The same between a pair of outputs' biases and multipliers, requantized: y[2 * row + output]. */
+NC_INLINE const uint32_t *nc_linear_4x2(int32_t *y, const uint32_t *words, const uint32_t *weights, uint32_t pairs, int32_t zero_point)
+{
+    const uint32_t *start = weights + 2, *eights = start + (pairs & ~7U), *end = start + pairs;
+    register int32_t s0 __asm__("r0") = nc_signed(weights[0]), s1 __asm__("r1") = nc_signed(weights[1]);
+    register int32_t s2 __asm__("r2") = s0, s3 __asm__("r3") = s1, s4 __asm__("r4") = s0, s5 __asm__("r5") = s1;
+    register int32_t s6 __asm__("r6") = s0, s7 __asm__("r7") = s1;
+    register const uint32_t *x __asm__("r8") = words, *w __asm__("r9") = start;
+    register uint32_t p __asm__("r10"), q __asm__("r11"), u __asm__("r12"), v __asm__("lr");
+    if (start != eights)
+        NC_LOOP_4X2(NC_PAIR_4X2 NC_PAIR_4X2 NC_PAIR_4X2 NC_PAIR_4X2 NC_PAIR_4X2 NC_PAIR_4X2 NC_PAIR_4X2 NC_PAIR_4X2, eights);
+    if (w != end)
+        NC_LOOP_4X2(NC_PAIR_4X2, end);
+    u = (uint32_t)zero_point;
+    __asm__ volatile("ldrd %[p], %[q], [%[w]], #8\n\t" NC_FINISH(0, 1) NC_FINISH(2, 3) NC_FINISH(4, 5) NC_FINISH(6, 7)
+                     : [s0] "+r"(s0), [s1] "+r"(s1), [s2] "+r"(s2), [s3] "+r"(s3), [s4] "+r"(s4), [s5] "+r"(s5), [s6] "+r"(s6),
+                       [s7] "+r"(s7), [w] "+r"(w), [p] "=&r"(p), [q] "=&r"(q)
+                     : [u] "r"(u)
+                     : "memory");
+    y[0] = s0, y[1] = s1, y[2] = s2, y[3] = s3, y[4] = s4, y[5] = s5, y[6] = s6, y[7] = s7;
+    return w;
+}
+
 #else
+
+NC_INLINE const uint32_t *nc_linear_4x2(int32_t *y, const uint32_t *x, const uint32_t *w, uint32_t pairs, int32_t zero_point)
+{
+    for (uint32_t i = 0; i < 8; i++) {
+        const uint32_t *weights = w + 2;
+        y[i] = nc_signed(w[i % 2]);
+        for (uint32_t p = 0; p < pairs; p++, weights++)
+            y[i] = nc_dot2(x[4 * p + i / 2], i % 2 != 0 ? nc_odd_bytes(*weights) : nc_even_bytes(*weights), y[i]);
+        y[i] = nc_saturate8(nc_mul_high_add(y[i], nc_signed(weights[i % 2]), zero_point));
+    }
+    return w + pairs + 4;
+}
 
 NC_INLINE const uint32_t *nc_dot_4x2(int32_t *sums, const uint32_t *x, const uint32_t *w, uint32_t pairs)
 {
@@ -78,6 +119,14 @@ NC_INLINE const uint32_t *nc_dot_1x2(int32_t *sums, const uint32_t *x, const uin
     }
     sums[0] = even, sums[1] = odd;
     return w;
+}
+
+NC_INLINE const uint32_t *nc_linear_1x2(int32_t *y, const uint32_t *x, const uint32_t *w, uint32_t pairs, int32_t zero_point)
+{
+    y[0] = nc_signed(w[0]), y[1] = nc_signed(w[1]);
+    w = nc_dot_1x2(y, x, w + 2, pairs);
+    nc_requantize2(y, nc_signed(w[0]), nc_signed(w[1]), zero_point);
+    return w + 2;
 }
 
 /* rows: 4 or 1, a constant */

@@ -106,7 +106,7 @@ typedef struct {
 #define NC_MATMUL_SCRATCH(inputs) NC_LINEAR_SCRATCH(inputs)
 void nc_matmul(const nc_matmul_t *op, const void *x, const int8_t *w, int8_t *y, uint32_t rows, void *scratch);
 
-/* Rows of int8 to uint8 (scale 1/256, zero point 0): e_j = table[max x - x_j], table[i] = round(32768 * exp(-i * scale)), 256 entries;
+/* Rows of int8 to uint8 (scale 1/256, zero point 0): e_j = table[255 - max x + x_j], table[255 - i] = round(32768 * exp(-i * scale));
  * total = sum e_j; inverse = floor((2^31 + total / 2) / total); y_j = min(255, floor((e_j * inverse + 2^22) / 2^23)).
  * y may be x. 1 <= width <= 65535. Rows lie width apart. */
 void nc_softmax(const uint16_t *table, const int8_t *x, uint8_t *y, uint32_t rows, uint32_t width);

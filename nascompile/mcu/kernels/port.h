@@ -16,6 +16,14 @@
 #define NC_INLINE static inline __attribute__((always_inline, unused))
 #define NC_OPERATOR __attribute__((noinline, noclone)) /* keeps an operator one symbol, so that it can be counted */
 
+/* A value the compiler knows nothing of: keeps `next = last + step` a running sum where it would hold every multiple of step. */
+#define NC_OPAQUE(value)                                                                                                        \
+    __extension__({                                                                                                             \
+        __typeof__(value) nc_value = (value);                                                                                   \
+        __asm__("" : "+r"(nc_value));                                                                                           \
+        nc_value;                                                                                                               \
+    })
+
 void *memcpy(void *restrict to, const void *restrict from, size_t bytes);
 void *memset(void *to, int value, size_t bytes);
 
@@ -29,6 +37,7 @@ NC_INLINE uint32_t nc_load4(const void *from)
 
 NC_INLINE int32_t nc_signed(uint32_t word) { return (int32_t)word; } /* modulo 2^32, in every compiler that has this target */
 NC_INLINE int32_t nc_low(uint32_t word) { return (int32_t)(int16_t)(uint16_t)(word & 0xFFFFU); }
+NC_INLINE int32_t nc_signed_byte(uint32_t word) { return (int32_t)(int8_t)(uint8_t)(word & 0xFFU); }
 NC_INLINE int32_t nc_high(uint32_t word) { return (int32_t)(int16_t)(uint16_t)(word >> 16); }
 
 #if NC_ON_TARGET
@@ -71,6 +80,14 @@ NC_INLINE uint32_t nc_odd_bytes(uint32_t word)
     return r;
 }
 
+/* The larger signed byte of each. */
+NC_INLINE uint32_t nc_max8(uint32_t a, uint32_t b)
+{
+    uint32_t r;
+    __asm__("ssub8 %0, %1, %2\n\tsel %0, %1, %2" : "=&r"(r) : "r"(a), "r"(b) : "cc");
+    return r;
+}
+
 /* each signed half clamped to [0, 1023] */
 NC_INLINE uint32_t nc_clamp16_1023(uint32_t word)
 {
@@ -84,6 +101,14 @@ NC_INLINE int32_t nc_dot2(uint32_t a, uint32_t b, int32_t sum)
 {
     int32_t r;
     __asm__("smlad %0, %1, %2, %3" : "=r"(r) : "r"(a), "r"(b), "r"(sum));
+    return r;
+}
+
+/* a * b + c, modulo 2^32: GCC would part the sum to share pieces of it, at an instruction each */
+NC_INLINE int32_t nc_mul_add(int32_t a, int32_t b, int32_t c)
+{
+    int32_t r;
+    __asm__("mla %0, %1, %2, %3" : "=r"(r) : "r"(a), "r"(b), "r"(c));
     return r;
 }
 
@@ -112,6 +137,39 @@ NC_INLINE int32_t nc_mul_high_add(int32_t a, int32_t b, int32_t c)
     })
 #define nc_saturate8(value) __extension__({ int32_t nc_r; __asm__("ssat %0, #8, %1" : "=r"(nc_r) : "r"(value)); nc_r; })
 
+/* The next three hold several instructions, and `volatile`, so that GCC does not spread them over a block until registers run out. */
+
+/* sums[i] = clamp(zero_point + nc_mul_high(sums[i], m_i)) to 8 bits */
+NC_INLINE void nc_requantize2(int32_t *sums, int32_t m0, int32_t m1, int32_t zero_point)
+{
+    int32_t even = sums[0], odd = sums[1];
+    __asm__ volatile("smmlar %0, %0, %2, %4\n\tsmmlar %1, %1, %3, %4\n\tssat %0, #8, %0\n\tssat %1, #8, %1"
+                     : "+&r"(even), "+&r"(odd)
+                     : "r"(m0), "r"(m1), "r"(zero_point));
+    sums[0] = even, sums[1] = odd;
+}
+
+/* clamp((sum * m + addend * n + constant) >> 32) to 8 bits */
+NC_INLINE int32_t nc_requantize_onto(int32_t sum, int32_t m, int32_t addend, int32_t n, int64_t constant)
+{
+    int64_t r = constant;
+    __asm__ volatile("smlal %Q0, %R0, %1, %2\n\tsmlal %Q0, %R0, %3, %4\n\tssat %R0, #8, %R0"
+                     : "+&r"(r)
+                     : "r"(sum), "r"(m), "r"(addend), "r"(n));
+    return (int32_t)(r >> 32);
+}
+
+/* halves clamp(nc_mul_high(a, m0)), clamp(nc_mul_high(b, m1)) of `bits` bits, a constant */
+#define nc_narrow2(a, b, m0, m1, bits)                                                                                          \
+    __extension__({                                                                                                             \
+        int32_t nc_a = (a), nc_b = (b);                                                                                         \
+        __asm__ volatile("smmulr %0, %0, %2\n\tsmmulr %1, %1, %3\n\tssat %0, %4, %0\n\tssat %1, %4, %1\n\t"                        \
+                         "pkhbt %0, %0, %1, lsl #16"                                                                            \
+                         : "+&r"(nc_a), "+&r"(nc_b)                                                                             \
+                         : "r"(m0), "r"(m1), "I"(bits));                                                                        \
+        (uint32_t)nc_a;                                                                                                         \
+    })
+
 #else
 
 NC_INLINE uint32_t nc_pack_low(uint32_t a, uint32_t b) { return (a & 0xFFFFU) | (b << 16); }
@@ -124,7 +182,13 @@ NC_INLINE uint32_t nc_max16(uint32_t a, uint32_t b)
     return nc_pair(nc_low(a) >= nc_low(b) ? nc_low(a) : nc_low(b), nc_high(a) >= nc_high(b) ? nc_high(a) : nc_high(b));
 }
 
-NC_INLINE int32_t nc_signed_byte(uint32_t word) { return (int32_t)(int8_t)(uint8_t)(word & 0xFFU); }
+NC_INLINE uint32_t nc_max8(uint32_t a, uint32_t b)
+{
+    uint32_t r = 0;
+    for (uint32_t bit = 0; bit < 32; bit += 8)
+        r |= (nc_signed_byte(a >> bit) >= nc_signed_byte(b >> bit) ? a : b) & UINT32_C(0xFF) << bit;
+    return r;
+}
 NC_INLINE uint32_t nc_even_bytes(uint32_t word) { return nc_pair(nc_signed_byte(word), nc_signed_byte(word >> 16)); }
 NC_INLINE uint32_t nc_odd_bytes(uint32_t word) { return nc_pair(nc_signed_byte(word >> 8), nc_signed_byte(word >> 24)); }
 
@@ -140,6 +204,7 @@ NC_INLINE int32_t nc_dot2(uint32_t a, uint32_t b, int32_t sum)
     return nc_signed((uint32_t)sum + (uint32_t)(nc_low(a) * nc_low(b)) + (uint32_t)(nc_high(a) * nc_high(b)));
 }
 
+NC_INLINE int32_t nc_mul_add(int32_t a, int32_t b, int32_t c) { return nc_signed((uint32_t)a * (uint32_t)b + (uint32_t)c); }
 NC_INLINE int32_t nc_mul_high(int32_t a, int32_t b) { return (int32_t)(((int64_t)a * b + (INT64_C(1) << 31)) >> 32); }
 NC_INLINE int32_t nc_mul_high_add(int32_t a, int32_t b, int32_t c) { return nc_signed((uint32_t)nc_mul_high(a, b) + (uint32_t)c); }
 
@@ -150,12 +215,25 @@ NC_INLINE int32_t nc_saturate(uint32_t bits, int32_t value, uint32_t shift)
 }
 NC_INLINE int32_t nc_saturate8(int32_t value) { return nc_clamp(value, -128, 127); }
 
+NC_INLINE void nc_requantize2(int32_t *sums, int32_t m0, int32_t m1, int32_t zero_point)
+{
+    sums[0] = nc_saturate8(nc_mul_high_add(sums[0], m0, zero_point));
+    sums[1] = nc_saturate8(nc_mul_high_add(sums[1], m1, zero_point));
+}
+
+NC_INLINE int32_t nc_requantize_onto(int32_t sum, int32_t m, int32_t addend, int32_t n, int64_t constant)
+{
+    return nc_saturate8((int32_t)((constant + (int64_t)sum * m + (int64_t)addend * n) >> 32));
+}
+
+NC_INLINE uint32_t nc_narrow2(int32_t a, int32_t b, int32_t m0, int32_t m1, uint32_t bits)
+{
+    return nc_pair(nc_saturate(bits, nc_mul_high(a, m0), 0), nc_saturate(bits, nc_mul_high(b, m1), 0));
+}
+
 #endif
 
 /* zeros above the highest one; word > 0 */
 NC_INLINE uint32_t nc_leading_zeros(uint32_t word) { return (uint32_t)__builtin_clz(word); }
-
-/* a * b + c, modulo 2^32 */
-NC_INLINE int32_t nc_mul_add(int32_t a, int32_t b, int32_t c) { return nc_signed((uint32_t)a * (uint32_t)b + (uint32_t)c); }
 
 #endif
