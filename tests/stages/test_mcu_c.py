@@ -10,11 +10,13 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 import pytest
+from transformers import ViTConfig
 
-from nascompile import plugins, targets
+from nascompile import engine as engines, network, plugins, space as spaces, targets
 from nascompile.backends import mcu_c
 from nascompile.devices import Job
-from nascompile.errors import BudgetError, DataError, RecipeError, UnsupportedError
+from nascompile.errors import BudgetError, DataError, RecipeError, RecordError, UnsupportedError
+from nascompile.families import InputSpec
 from nascompile.mcu import board as boards, emit, interpreter, plan_check, program as programs, project, toolchain, transformer
 from nascompile.mcu.program import Program, demand
 from nascompile.records import Workload
@@ -245,6 +247,47 @@ def test_an_engine_is_its_flash_image_and_runs(engine):
     for wrong in ({}, {"pixels": x}, {"pixel_values": x[:, :2]}, {"pixel_values": x.astype(np.float64)}):
         with pytest.raises(DataError):
             runner.run(wrong)
+
+
+def test_its_folder_is_verified_file_by_file(engine, tmp_path):
+    _, _, target, program = engine
+    x = np.random.default_rng(3).normal(0, 1, (2, 3, 24, 24)).astype(np.float32)
+    spec = InputSpec("pixel_values", "float32", ("batch", 3, 24, 24))
+    parts = engines.Parts(
+        name="baseline", role="baseline", target=target, form=program, inputs=(spec,), task="classification", labels=tuple("abcde"),
+        config={}, sample={"pixel_values": x},
+    )  # fmt: skip
+    manifest = engines.write(tmp_path / "e", parts, mcu_c.PLUGIN)
+    assert manifest.size_bytes == project.facts(tmp_path / "e")["flash"]["used"]
+    assert {"kernels/linear.c", "model.c", "firmware.elf"} <= {check.name for check in engines.verify(tmp_path / "e")}
+    found = engines.load(tmp_path / "e").run({"pixel_values": x})["logits"]
+    np.testing.assert_array_equal(found, engines.read_sample(tmp_path / "e")[1]["logits"])
+    with (tmp_path / "e" / "kernels" / "linear.c").open("a") as file:
+        file.write("/* changed */")
+    with pytest.raises(RecordError, match="not as it was built") as caught:
+        engines.verify(tmp_path / "e")
+    assert caught.value.detail == "changed file: kernels/linear.c"
+
+
+def test_a_footprint_is_that_of_the_build(tmp_path, written):
+    """For candidates of a real space, whose graph is all that is known of them."""
+    config = ViTConfig(
+        image_size=24, patch_size=8, num_channels=3, hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=40,
+        num_labels=5,
+    )  # fmt: skip
+    family, backend = plugins.get("families", "vit"), mcu_c.PLUGIN
+    target = targets.make("stm32f746", "", family.workload(config, 1, 0))
+    space = network.search_space(family, config, backend, target, "model")
+    board = board_of("stm32f746")
+    for number, point in enumerate((spaces.largest(space), spaces.sample(space, np.random.default_rng(5)))):
+        graph = network.graph(family, config, space, point, target)
+        found = backend.footprint(graph, target)
+        shape = transformer.Shape.of_graph(graph, target.workload.resolution)
+        program = transformer.build("candidate", shape, transformer.RandomNumbers(number), "blocks")
+        assert written(program, board).footprint == found
+        toolchain.make(tmp_path, "firmware.elf")
+        ran = toolchain.run_emulated(tmp_path, board.core, images(shape, 1))
+        assert (ran.ram_bytes, ran.flash_bytes) == (found.ram, found.flash)
 
 
 def test_time_is_modelled_from_exact_counts(engine):
