@@ -77,7 +77,7 @@ class McuC:
 
     def load(self, folder: Path, graphs: tuple[str, ...], target: Target) -> Runner:
         """A runner whose `run` is the host build and whose `count` is QEMU."""
-        return McuRunner(folder, _board(target))
+        return McuRunner(folder, _board(target), dict(target.session))
 
 
 def _board(target: Target) -> boards.Board:

@@ -73,7 +73,9 @@ class Board(Record, frozen=True):
         return self.ram[0].size - (rest if len(self.ram) == 1 else 0)
 
 
-SETTINGS = ("clock_mhz", "core", "flash", "ram", "stack_bytes")
+SERIAL_SETTINGS = ("baud", "flash_command", "make", "port")
+"""Of a board on a serial line (`serial_line.py`)."""
+SETTINGS = ("clock_mhz", "core", "flash", "ram", "stack_bytes", *SERIAL_SETTINGS)
 
 
 def of_settings(device: str, settings: Mapping[str, str]) -> Board:

@@ -82,7 +82,8 @@ def write(
     source = emit.source(program, planned.plan)
     files: dict[str, bytes] = {
         "model.c": source.model_c.encode(), "weights.c": source.weights_c.encode(), "weights.h": source.weights_h.encode(),
-        "memory_map.c": memory_map(board).encode(), "Makefile": _makefile(board).encode(),
+        "memory_map.c": memory_map(board).encode(),
+        "memory_map_board.c": memory_map(None).encode(), "Makefile": _makefile(board).encode(),
         INPUT: sample.astype(np.int8).tobytes(), OUTPUT: expected.tobytes(), REPORT: _report(program, planned, source, board),
     }  # fmt: skip
     template = (HERE / "firmware" / "link.ld").read_text("utf-8")
@@ -123,10 +124,12 @@ def _defined(text: str) -> set[str]:
     return set(re.findall(r"^NC_OPERATOR void (nc_\w+)\(", text, re.MULTILINE))
 
 
-def memory_map(board: Board) -> str:
-    """The guard around RAM for the emulated board."""
-    rows = ",\n".join(f"    {{0x{base:08X}u, {log2}, {access}}}" for base, log2, access in guard_regions(emulated(board)))
-    return f'/* {board.device} */\n#include "memory_map.h"\n\nconst nc_region_t guard_regions[8] = {{\n{rows},\n}};\n'
+def memory_map(board: Board | None) -> str:
+    """The guard around RAM for the emulated board; none for a board itself."""
+    regions = guard_regions(emulated(board)) if board else ((0, 0, 0),)
+    rows = ",\n".join(f"    {{0x{base:08X}u, {log2}, {access}}}" for base, log2, access in regions)
+    title = f"RAM of {board.device}, where QEMU has it" if board else "No guard: beyond a board's own memory there is none"
+    return f'/* {title} */\n#include "memory_map.h"\n\nconst nc_region_t guard_regions[8] = {{\n{rows},\n}};\n'
 
 
 def _makefile(board: Board) -> str:

@@ -21,8 +21,8 @@ from nascompile.mcu.program import Logits, Pixels
 class McuRunner:
     """Runs the host build, whose bytes are the firmware's; counts by the firmware itself."""
 
-    def __init__(self, folder: Path, board: Board) -> None:
-        self.folder, self.board = folder, board
+    def __init__(self, folder: Path, board: Board, settings: Mapping[str, str] | None = None) -> None:
+        self.folder, self.board, self.settings = folder, board, settings or {}
         self.facts = project.facts(folder)
         self._pixels = msgspec.convert(self.facts["pixels"], Pixels)
         self._logits = msgspec.convert(self.facts["logits"], Logits)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 COMPILER, EMULATOR, HOST_COMPILER = "arm-none-eabi-gcc", "qemu-system-arm", "cc"
 INSTALL = "apt-get install -y --no-install-recommends gcc-arm-none-eabi qemu-system-arm gcc libc6-dev make"
 MAGIC = 0x314D434E
+UNITS: tuple[Literal["", "instructions", "cycles"], ...] = ("", "instructions", "cycles")
 EXITS = {
     95: "the samples end in the middle of one", 96: "results could not be written", 97: "no command line", 98: "a file cannot be opened",
     99: "a fault: memory outside the device's RAM, or a stack that grew too deep",
@@ -51,6 +52,8 @@ class Run:
     """Deepest stack; 0 on the host."""
     ram_bytes: int
     flash_bytes: int
+    unit: Literal["", "instructions", "cycles"] = ""
+    """What `counts` are."""
 
 
 def missing(*programs: str) -> str:
@@ -100,13 +103,13 @@ def parse(data: bytes, samples: int) -> Run:
     """Records of the harness; UnsupportedError for what is none."""
     if len(data) < 32 or struct.unpack_from("<I", data)[0] != MAGIC:
         raise UnsupportedError(f"the firmware wrote no results: {data[:40]!r}")
-    _, counters, _, output_bytes, ram, flash, _, _ = struct.unpack_from("<8I", data)
+    _, counters, _, output_bytes, ram, flash, _, unit = struct.unpack_from("<8I", data)
     record = output_bytes + 4 * counters + 4
     if len(data) != 32 + samples * record:
         raise UnsupportedError(f"the firmware wrote {len(data):,} bytes for {samples} samples, not {32 + samples * record:,}")
     rows = np.frombuffer(data, np.uint8, offset=32).reshape(samples, record)
     words = np.ascontiguousarray(rows[:, output_bytes:]).view(np.uint32)
-    return Run(rows[:, :output_bytes].copy(), words[:, :-1].copy(), int(words[:, -1].max(initial=0)), ram, flash)
+    return Run(rows[:, :output_bytes].copy(), words[:, :-1].copy(), int(words[:, -1].max(initial=0)), ram, flash, UNITS[unit])
 
 
 @cache

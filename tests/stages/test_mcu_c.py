@@ -168,6 +168,25 @@ def test_what_the_device_lacks_is_not_there(tmp_path, written):
         toolchain.run_emulated(tmp_path, board.core, images(ODD, 1))
 
 
+@pytest.mark.parametrize(
+    ("device", "places"),
+    [
+        ("stm32f746", {".vectors": 0x08000000, ".stack": 0x20000000, ".arena": 0x20000000}),
+        ("stm32h743", {".vectors": 0x08000000, ".stack": 0x24000000, ".arena": 0x24000000}),
+        ("stm32f427", {".vectors": 0x08000000, ".stack": 0x10000000, ".arena": 0x20000000}),
+    ],
+)
+def test_the_firmware_of_a_board_lies_where_its_memory_is(tmp_path, written, device, places):
+    written(transformer.build("odd", ODD, transformer.RandomNumbers(1), "blocks"), board_of(device))
+    own = '#include "board.h"\nvoid board_start(void) {}\nvoid board_send(uint8_t byte) { (void)byte; }\n'
+    (tmp_path / "mine.c").write_text(own + "uint8_t board_receive(void) { return 0; }\n")
+    toolchain.make(tmp_path, "firmware_board.elf", "BOARD=mine.c")
+    text = subprocess.run(["arm-none-eabi-size", "-A", tmp_path / "firmware_board.elf"], capture_output=True, text=True, check=True).stdout
+    found = {line.split()[0]: int(line.split()[2]) for line in text.splitlines() if line.startswith(".")}
+    assert {name: found[name] & 0xFF000000 for name in places} == places
+    assert found[".vectors"] == 0x08000000
+
+
 @pytest.mark.parametrize(("what", "pattern"), [("ram", "region `RAM' overflowed by"), ("flash", "region `FLASH' overflowed by")])
 def test_too_much_memory_does_not_link(tmp_path, written, what, pattern):
     program = transformer.build("odd", ODD, transformer.RandomNumbers(1), "blocks")

@@ -1,6 +1,7 @@
 /* Runs the model on the reference sample and says in words what it took, or on many samples and writes records.
 
-   Records: a header of eight words (magic, operators, bytes of an input, bytes of an output, RAM used, flash used, bytes of stack, 0),
+   Records: a header of eight words (magic, operators, bytes of an input, bytes of an output, RAM used, flash used, bytes of stack, what is counted:
+   0 nothing, 1 instructions, 2 cycles),
    then for each sample the output, the count of every operator (a word each) and the stack used so far. */
 #include "firmware.h"
 #include "io.h"
@@ -133,7 +134,8 @@ static void put_memory(void)
 static void put_header(void)
 {
     const uint32_t header[8] = {
-        MAGIC, model.operators, model.input_bytes, model.output_bytes, (uint32_t)_ram_used, (uint32_t)_flash_used, (uint32_t)_stack_size, 0,
+        MAGIC, model.operators, model.input_bytes, model.output_bytes, (uint32_t)_ram_used, (uint32_t)_flash_used, (uint32_t)_stack_size,
+        *io_counter_unit() == 'c' ? 2 : 1,
     };
     io_output(header, sizeof header);
 }

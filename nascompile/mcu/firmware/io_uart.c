@@ -1,6 +1,6 @@
-/* A board on a serial line. The board asks for what it needs, so that a line without flow control loses nothing:
-   'I' and a length: send so many bytes of samples ('N' if there are no more, else 'Y' and the bytes); 'O', a length and bytes: results;
-   'E' and a status: the end. Lengths are four bytes, the lowest first. */
+/* A board on a serial line. The computer sends 'S' until it reads the word below. From then on the board asks for what it needs, so that a
+   line without flow control loses nothing: 'I' and a length: send so many bytes of samples ('N' if there are no more, else 'Y' and the
+   bytes); 'O', a length and bytes: results; 'E' and a status: the end. Lengths are four bytes, the lowest first. */
 #include "board.h"
 #include "io.h"
 
@@ -19,15 +19,17 @@ void io_start(int arguments, char **argument)
 {
     (void)arguments, (void)argument;
     board_start();
-    /* a word that is unlikely in noise: what stands on the line before it is not ours */
+    while (board_receive() != 'S') {}
     send("nascompile\n", 11);
 }
 
 uint32_t io_input(void *to, uint32_t bytes)
 {
     uint8_t *c = to;
+    uint8_t answer;
     send_frame('I', bytes);
-    if (board_receive() != 'Y') return 0;
+    do answer = board_receive(); while (answer == 'S'); /* sent before the word arrived */
+    if (answer != 'Y') return 0;
     for (uint32_t i = 0; i < bytes; i++) c[i] = board_receive();
     return bytes;
 }

@@ -26,7 +26,7 @@ __attribute__((section(".vectors"), used)) static void (*const vectors[16])(void
 enum { MPU_CONTROL = 1, MPU_NUMBER = 2, MPU_BASE = 3, MPU_SIZE = 4 };
 
 /* The emulated board has more RAM than the device: what the device lacks must not be there. Later regions win over earlier ones.
-   On the device itself nothing needs a guard: beyond its RAM there is none. */
+   On the device itself nothing needs a guard, and there is none: beyond its RAM there is no memory. */
 static void guard(void)
 {
     for (uint32_t i = 0; i < 8; i++) {
@@ -35,7 +35,7 @@ static void guard(void)
         MPU[MPU_BASE] = guard_regions[i].base;
         MPU[MPU_SIZE] = 1u << 28 | guard_regions[i].access << 24 | (guard_regions[i].log2_bytes - 1) << 1 | 1;
     }
-    MPU[MPU_CONTROL] = 5; /* on; what no region covers is as without it */
+    if (guard_regions[0].log2_bytes) MPU[MPU_CONTROL] = 5; /* on; what no region covers is as without it */
     __asm volatile("dsb\n isb");
 }
 
