@@ -35,6 +35,8 @@ NC_INLINE uint32_t nc_load4(const void *from)
     return word;
 }
 
+NC_INLINE void nc_store4(void *to, uint32_t word) { __builtin_memcpy(to, &word, 4); }
+
 NC_INLINE int32_t nc_signed(uint32_t word) { return (int32_t)word; } /* modulo 2^32, in every compiler that has this target */
 NC_INLINE int32_t nc_low(uint32_t word) { return (int32_t)(int16_t)(uint16_t)(word & 0xFFFFU); }
 NC_INLINE int32_t nc_signed_byte(uint32_t word) { return (int32_t)(int8_t)(uint8_t)(word & 0xFFU); }
