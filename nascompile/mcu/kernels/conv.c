@@ -96,15 +96,15 @@ NC_INLINE void lift_row(const nc_depthwise_t *op, const int8_t *x, uint32_t row,
 /* Four channels of one window: three rows of three pixels. */
 NC_INLINE void window(const uint32_t *const rows[3], uint32_t left, const uint32_t *tap, int32_t *sums)
 {
-#pragma GCC unroll 3
-    for (uint32_t i = 0; i < 3; i++) {
-        const uint32_t *pixel = rows[i] + 2 * left;
+#pragma GCC unroll 1
+    for (const uint32_t *const *row = rows; row != rows + 3; row++) {
+        const uint32_t *pixel = *row + 2 * left;
 #pragma GCC unroll 3
         for (uint32_t j = 0; j < 3; j++, pixel += 2, tap += 2) {
-            sums[0] += nc_low(pixel[0]) * nc_low(tap[0]);
-            sums[1] += nc_low(pixel[1]) * nc_low(tap[1]);
-            sums[2] += nc_high(pixel[0]) * nc_high(tap[0]);
-            sums[3] += nc_high(pixel[1]) * nc_high(tap[1]);
+            sums[0] = nc_mul_low_add(pixel[0], tap[0], sums[0]);
+            sums[1] = nc_mul_low_add(pixel[1], tap[1], sums[1]);
+            sums[2] = nc_mul_top_add(pixel[0], tap[0], sums[2]);
+            sums[3] = nc_mul_top_add(pixel[1], tap[1], sums[3]);
         }
     }
 }
@@ -135,8 +135,14 @@ NC_OPERATOR void nc_depthwise(const nc_depthwise_t *op, const int8_t *x, int8_t 
                 window(rows, j * stride, taps, sums);
                 nc_requantize2(sums, nc_signed(w[13]), nc_signed(w[14]), zero_point);
                 nc_requantize2(sums + 2, nc_signed(w[15]), nc_signed(w[16]), zero_point);
-                for (uint32_t lane = 0; lane < lanes; lane++)
-                    to[lane] = table != NULL ? table[(uint8_t)sums[lane]] : (int8_t)sums[lane];
+                if (table != NULL)
+                    for (uint32_t lane = 0; lane < 4; lane++)
+                        sums[lane] = table[(uint8_t)sums[lane]];
+                if (lanes == 4)
+                    nc_store4(to, nc_bytes(sums));
+                else
+                    for (uint32_t lane = 0; lane < lanes; lane++)
+                        to[lane] = (int8_t)sums[lane];
             }
         }
     }
