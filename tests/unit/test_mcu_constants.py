@@ -146,8 +146,8 @@ def test_a_multiplier_just_below_one_half_fits():
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (2, 4), (7, 27), (10, 192)])
 @pytest.mark.parametrize("order", ["quads", "plain"])
 def test_packed_sizes_are_known_without_packing(rng, outputs, inputs, order):
-    words = packing.linear(rng.integers(-127, 128, (outputs, inputs), dtype=np.int8), np.zeros(outputs, np.int32), np.zeros(outputs, np.int32), 0, order)
+    zeros = np.zeros(outputs, np.int32)
+    words = packing.linear(rng.integers(-127, 128, (outputs, inputs), dtype=np.int8), zeros, zeros, 0, order)
     assert len(words) == packing.linear_words(outputs, inputs, order)
-    channels = outputs
-    weight = rng.integers(-127, 128, (channels, 3, 3), dtype=np.int8)
-    assert len(packing.depthwise(weight, np.zeros(channels, np.int32), np.zeros(channels, np.int32))) == packing.depthwise_words(channels)
+    words = packing.depthwise(rng.integers(-127, 128, (outputs, 3, 3), dtype=np.int8), zeros, zeros)
+    assert len(words) == packing.depthwise_words(outputs)
