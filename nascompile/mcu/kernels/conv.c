@@ -2,24 +2,46 @@
 #include "dot.h"
 #include "linear.h"
 
+NC_INLINE void copy(int8_t *to, const int8_t *from, uint32_t bytes)
+{
+    for (; bytes >= 4; bytes -= 4, to += 4, from += 4)
+        nc_store4(to, nc_load4(from));
+    for (; bytes > 0; bytes--)
+        *to++ = *from++;
+}
+
 /* The window whose corner is (top, left) of the padded image, as one row of bytes. */
 NC_INLINE void gather(const nc_conv_t *op, const int8_t *x, uint32_t top, uint32_t left, int8_t *row)
 {
-    const uint32_t run = op->kernel * op->channels;
+    const uint32_t channels = op->channels, run = op->kernel * channels;
+    const uint32_t first = left < op->pad ? op->pad - left : 0, room = op->width + op->pad - left;
+    const uint32_t last = room < op->kernel ? room : op->kernel;
     for (uint32_t i = 0; i < op->kernel; i++, row += run) {
-        uint32_t at = top + i - op->pad; /* wraps above the image: then >= height too */
+        const uint32_t at = top + i - op->pad; /* wraps above the image: then >= height too */
         if (at >= op->height) {
             memset(row, op->x_zero, run);
             continue;
         }
-        uint32_t first = left < op->pad ? op->pad - left : 0, last = op->width + op->pad - left;
-        last = last < op->kernel ? last : op->kernel;
         if (first > 0)
-            memset(row, op->x_zero, first * op->channels);
+            memset(row, op->x_zero, first * channels);
         if (last < op->kernel)
-            memset(row + last * op->channels, op->x_zero, (op->kernel - last) * op->channels);
-        memcpy(row + first * op->channels, x + (at * op->width + left + first - op->pad) * op->channels, (last - first) * op->channels);
+            memset(row + last * channels, op->x_zero, (op->kernel - last) * channels);
+        copy(row + first * channels, x + (at * op->width + left + first - op->pad) * channels, (last - first) * channels);
     }
+}
+
+/* One window to every rows-th word: straight from the image where it lies inside and its rows are whole words, else by way of `row`. */
+NC_INLINE void expand_window(const nc_conv_t *op, uint32_t rows, const int8_t *x, uint32_t top, uint32_t left, int8_t *row, uint32_t *words)
+{
+    const uint32_t run = op->kernel * op->channels, up = top - op->pad, across = left - op->pad; /* wrap on the border */
+    if (run % 4 == 0 && up < op->height && across < op->width && up + op->kernel <= op->height && across + op->kernel <= op->width) {
+        const int8_t *from = x + (up * op->width + across) * op->channels;
+        for (uint32_t i = op->kernel; i > 0; i--, from += op->width * op->channels, words += run / 2 * rows)
+            nc_expand_row(rows, words, from, run);
+        return;
+    }
+    gather(op, x, top, left, row);
+    nc_expand_row(rows, words, row, op->linear.inputs);
 }
 
 NC_OPERATOR void nc_conv(const nc_conv_t *op, const int8_t *x, const int8_t *residual, int8_t *y, void *scratch)
@@ -31,11 +53,10 @@ NC_OPERATOR void nc_conv(const nc_conv_t *op, const int8_t *x, const int8_t *res
     for (uint32_t t = 0; t < count; t += rows) {
         rows = nc_block_of(count - t);
         for (uint32_t r = 0; r < rows; r++) {
-            gather(op, x, top, left, row);
             if (rows == 4)
-                nc_expand_row(4, words + r, row, inputs);
+                expand_window(op, 4, x, top, left, row, words + r);
             else
-                nc_expand_row(1, words, row, inputs);
+                expand_window(op, 1, x, top, left, row, words);
             left += op->stride;
             if (left == out_width * op->stride)
                 left = 0, top += op->stride;
@@ -44,45 +65,85 @@ NC_OPERATOR void nc_conv(const nc_conv_t *op, const int8_t *x, const int8_t *res
     }
 }
 
-/* Four channels of a window (`lanes` of them real) to sums. */
-NC_INLINE void depthwise_window(const nc_depthwise_t *op, const int8_t *x, uint32_t top, uint32_t left, uint32_t lanes,
-                                const uint32_t *taps, int32_t *sums)
+/* `lanes` bytes (1 to 4, behind them zeros) as halves less x_zero: bytes 0 and 2, bytes 1 and 3. */
+NC_INLINE void lift(const int8_t *from, uint32_t lanes, uint32_t zeros, uint32_t *to)
 {
-    const uint32_t zeros = ((uint32_t)op->x_zero & 0xFFFFU) * 0x00010001U;
-    for (uint32_t i = 0; i < 3; i++)
-        for (uint32_t j = 0; j < 3; j++, taps++) {
-            uint32_t row = top + i - op->pad, column = left + j - op->pad, word = 0;
-            if (row >= op->height || column >= op->width)
-                continue;
-            const int8_t *from = x + (row * op->width + column) * op->channels;
-            if (lanes == 4)
-                word = nc_load4(from);
-            else
-                memcpy(&word, from, lanes);
-            uint32_t even = nc_sub16(nc_even_bytes(word), zeros), odd = nc_sub16(nc_odd_bytes(word), zeros);
-            uint32_t w_even = nc_even_bytes(*taps), w_odd = nc_odd_bytes(*taps);
-            sums[0] += nc_low(even) * nc_low(w_even);
-            sums[1] += nc_low(odd) * nc_low(w_odd);
-            sums[2] += nc_high(even) * nc_high(w_even);
-            sums[3] += nc_high(odd) * nc_high(w_odd);
-        }
+    uint32_t word = 0;
+    if (lanes == 4)
+        word = nc_load4(from);
+    else
+        memcpy(&word, from, lanes);
+    to[0] = nc_sub16(nc_even_bytes(word), zeros);
+    to[1] = nc_sub16(nc_odd_bytes(word), zeros);
 }
 
-NC_OPERATOR void nc_depthwise(const nc_depthwise_t *op, const int8_t *x, int8_t *y)
+/* Row `row` of the padded image, four channels: two words a pixel. */
+NC_INLINE void lift_row(const nc_depthwise_t *op, const int8_t *x, uint32_t row, uint32_t lanes, uint32_t *strip)
+{
+    const uint32_t at = row - op->pad, zeros = ((uint32_t)op->x_zero & 0xFFFFU) * 0x00010001U; /* at wraps above the image */
+    if (at >= op->height) {
+        memset(strip, 0, 8 * (op->width + 2 * op->pad));
+        return;
+    }
+    memset(strip, 0, 8 * op->pad);
+    strip += 2 * op->pad;
+    x += at * op->width * op->channels;
+    for (uint32_t j = op->width; j > 0; j--, x += op->channels, strip += 2)
+        lift(x, lanes, zeros, strip);
+    memset(strip, 0, 8 * op->pad);
+}
+
+/* Four channels of one window: three rows of three pixels. */
+NC_INLINE void window(const uint32_t *const rows[3], uint32_t left, const uint32_t *tap, int32_t *sums)
+{
+#pragma GCC unroll 1
+    for (const uint32_t *const *row = rows; row != rows + 3; row++) {
+        const uint32_t *pixel = *row + 2 * left;
+#pragma GCC unroll 3
+        for (uint32_t j = 0; j < 3; j++, pixel += 2, tap += 2) {
+            sums[0] = nc_mul_low_add(pixel[0], tap[0], sums[0]);
+            sums[1] = nc_mul_low_add(pixel[1], tap[1], sums[1]);
+            sums[2] = nc_mul_top_add(pixel[0], tap[0], sums[2]);
+            sums[3] = nc_mul_top_add(pixel[1], tap[1], sums[3]);
+        }
+    }
+}
+
+NC_OPERATOR void nc_depthwise(const nc_depthwise_t *op, const int8_t *x, int8_t *y, void *scratch)
 {
     const uint32_t out_height = NC_CONV_OUT(op->height, 3, op->stride, op->pad), out_width = NC_CONV_OUT(op->width, 3, op->stride, op->pad);
+    const uint32_t pitch = 2 * (op->width + 2 * op->pad), channels = op->channels, stride = op->stride;
+    const int32_t zero_point = op->zero_point;
+    const int8_t *table = op->table;
     const uint32_t *w = op->weights;
-    for (uint32_t c = 0; c < op->channels; c += 4, w += 17) {
-        const uint32_t lanes = op->channels - c < 4 ? op->channels - c : 4;
+    uint32_t taps[18], *strip = scratch;
+    for (uint32_t c = 0; c < channels; c += 4, w += 17) {
+        const uint32_t lanes = channels - c < 4 ? channels - c : 4;
+        for (uint32_t tap = 0; tap < 9; tap++)
+            lift((const int8_t *)(w + 4 + tap), 4, 0, taps + 2 * tap);
+        uint32_t lifted = 0; /* rows of the padded image; row r is in the strip's row r % 3 */
         int8_t *to = y + c;
-        for (uint32_t i = 0; i < out_height; i++)
-            for (uint32_t j = 0; j < out_width; j++, to += op->channels) {
+        for (uint32_t i = 0; i < out_height; i++) {
+            const uint32_t top = i * stride;
+            const uint32_t *rows[3];
+            for (lifted = lifted > top ? lifted : top; lifted < top + 3; lifted++)
+                lift_row(op, x + c, lifted, lanes, strip + lifted % 3 * pitch);
+            for (uint32_t r = 0; r < 3; r++)
+                rows[r] = strip + (top + r) % 3 * pitch;
+            for (uint32_t j = 0; j < out_width; j++, to += channels) {
                 int32_t sums[4] = {nc_signed(w[0]), nc_signed(w[1]), nc_signed(w[2]), nc_signed(w[3])};
-                depthwise_window(op, x + c, i * op->stride, j * op->stride, lanes, w + 4, sums);
-                for (uint32_t lane = 0; lane < lanes; lane++) {
-                    int32_t out = nc_saturate8(nc_mul_high_add(sums[lane], nc_signed(w[13 + lane]), op->zero_point));
-                    to[lane] = op->table != NULL ? op->table[(uint8_t)out] : (int8_t)out;
-                }
+                window(rows, j * stride, taps, sums);
+                nc_requantize2(sums, nc_signed(w[13]), nc_signed(w[14]), zero_point);
+                nc_requantize2(sums + 2, nc_signed(w[15]), nc_signed(w[16]), zero_point);
+                if (table != NULL)
+                    for (uint32_t lane = 0; lane < 4; lane++)
+                        sums[lane] = table[(uint8_t)sums[lane]];
+                if (lanes == 4)
+                    nc_store4(to, nc_bytes(sums));
+                else
+                    for (uint32_t lane = 0; lane < lanes; lane++)
+                        to[lane] = (int8_t)sums[lane];
             }
+        }
     }
 }

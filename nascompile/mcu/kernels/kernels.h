@@ -186,9 +186,10 @@ typedef struct {
     const int8_t *table; /* NULL or 256 entries as in nc_linear */
     int32_t x_zero, zero_point;
     uint32_t height, width, channels;
-    uint32_t stride, pad; /* pad 0 or 1 */
+    uint32_t stride, pad;
 } nc_depthwise_t;
-void nc_depthwise(const nc_depthwise_t *op, const int8_t *x, int8_t *y);
+#define NC_DEPTHWISE_SCRATCH(width, pad) (24U * ((width) + 2U * (pad)))
+void nc_depthwise(const nc_depthwise_t *op, const int8_t *x, int8_t *y, void *scratch);
 
 /* Average of kernel x kernel windows without padding: y = sat8(zero_point + hi((sum - kernel^2 * x_zero) * 256, multiplier)),
  * multiplier = round(x scale / (kernel^2 * y scale) * 2^24). Over the whole image: nc_mean with rows = height * width. */

@@ -117,7 +117,7 @@ int main(void)
         }
         case DEPTHWISE: {
             nc_depthwise_t op = {b[0], b[1], (int32_t)p[0], (int32_t)p[1], p[2], p[3], p[4], p[5], p[6]};
-            COUNT(nc_depthwise(&op, b[2], y));
+            COUNT(nc_depthwise(&op, b[2], y, scratch));
             break;
         }
         case AVERAGE_POOL: {
