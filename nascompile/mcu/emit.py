@@ -17,7 +17,7 @@ from nascompile.mcu import constants, packing, program as p
 from nascompile.mcu.board import COUNT_REMARK
 from nascompile.mcu.planner import ALIGN, Plan
 
-CALL_BYTES, LOOP_BYTES, FRAME_BYTES = 72, 64, 128
+CALL_BYTES, LOOP_BYTES, FRAME_BYTES = 44, 64, 128
 """Flash set aside in model.c for a call, a loop over tiles, and the rest; more than they take."""
 STRUCTS = {
     "nc_linear_t": 48, "nc_low_rank_t": 96, "nc_attention_t": 36, "nc_matmul_t": 32, "nc_layer_norm_t": 32, "nc_add_t": 12,
@@ -71,6 +71,11 @@ class _Writer:
     counted: list[Counted] = field(default_factory=list)
     model_bytes: int = FRAME_BYTES
     indent: str = "    "
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """Kernels that are called, sorted."""
+        return tuple(sorted({c.function for c in self.counted if c.function.startswith("nc_")}))
 
     # ------------------------------------------------------------------------------------------ text
 
@@ -187,13 +192,15 @@ class _Writer:
                 op, "", k.macs, "nc_patch_embed", own, k.bands, "image", "context", self.at(index), position, rows, self.at(index, band)
             )
             return
-        self.line(f"image(context, 0, {k.bands * k.patch}, x);")
-        self.model_bytes += CALL_BYTES
         for band_index in range(k.bands):
             at = k.columns * band_index * width
             residual = f"{position} + {at}" if k.position else "0"
             rows = f"y + {at + width * bool(k.first)}"
             self.call(op, "", k.macs // k.bands, "nc_patch_band", own, f"x + {band_index * k.band_bytes}", residual, rows, self.at(index))
+
+    @write.register
+    def _(self, k: p.Read, op: p.Operation, index: int) -> None:
+        self.call(op, "", 0, "image", "context", 0, k.rows, "y")
 
     @write.register
     def _(self, k: p.Normalize, op: p.Operation, index: int) -> None:
@@ -341,7 +348,7 @@ class _Writer:
             "weights": self.constant(f"{k.name}.packed"), "table": self.constant(k.table), "x_zero": k.x_zero, "zero_point": k.zero_point,
             "height": k.height, "width": k.width, "channels": k.channels, "stride": k.stride, "pad": k.pad,
         }  # fmt: skip
-        self.call(op, "", k.macs, "nc_depthwise", self.struct("nc_depthwise_t", k.name, fields), "x", "y")
+        self.call(op, "", k.macs, "nc_depthwise", self.struct("nc_depthwise_t", k.name, fields), "x", "y", self.at(index))
 
     @write.register
     def _(self, k: p.AveragePool, op: p.Operation, index: int) -> None:
@@ -361,8 +368,7 @@ def source(program: p.Program, plan: Plan) -> Source:
     header += f"#define NC_WEIGHTS_H\n#include <stdint.h>\n\n{declarations}#endif\n"
     text = '#include "weights.h"\n' + "".join(f"\n{line}" for n, a in arrays.items() for line in _definition(n, a)) + "\n"
     sizes = weights_bytes(program.structure, writer.used)
-    functions = tuple(sorted({c.function for c in writer.counted}))
-    return Source(_model_text(writer), header, text, tuple(writer.counted), functions, model_bytes(writer), sizes)
+    return Source(_model_text(writer), header, text, tuple(writer.counted), writer.functions, model_bytes(writer), sizes)
 
 
 def written(structure: p.Structure, plan: Plan) -> _Writer:

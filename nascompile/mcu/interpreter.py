@@ -19,7 +19,7 @@ def run(program: p.Program, image: npt.NDArray[np.int8]) -> Array:
 
 def trace(program: p.Program, image: npt.NDArray[np.int8]) -> dict[str, Array]:
     """Every tensor by name. Keys and values are (heads, tokens, width), whatever their order in memory."""
-    found: dict[str, Array] = {program.structure.input: image}
+    found: dict[str, Array] = {}
     for op in program.structure.operations:
         inputs = [found[name] for name in op.inputs]
         shape = program.structure.tensor(op.outputs[0]).shape
@@ -33,12 +33,16 @@ class _Run:
 
     def operator(self, kernel: p.Kernel, x: list[Array], image: Array) -> Array:
         match kernel:
+            case p.Read():
+                return image
             case p.Embed():
                 return self._embed(kernel, image)
             case p.Normalize():
                 return self._norm(kernel.norm, x[0][: kernel.rows])
             case p.Dense():
-                return self._map(kernel.map, self._norm(kernel.norm, x[0][: kernel.rows]), *(r[: kernel.rows] for r in x[1:]))
+                widths = (kernel.map.inputs, kernel.map.outputs)
+                rows, *residual = (part.reshape(-1, width)[: kernel.rows] for part, width in zip(x, widths, strict=False))
+                return self._map(kernel.map, self._norm(kernel.norm, rows), *residual)
             case p.Mlp():
                 rows = x[0][: kernel.rows]
                 return self._map(kernel.down, self._map(kernel.up, self._norm(kernel.norm, rows)), rows)
@@ -69,16 +73,18 @@ class _Run:
                 a, b = (part.ravel()[: kernel.count] for part in x)
                 return reference.add(a, b, kernel.a_multiplier, kernel.b_multiplier, kernel.constant)
             case p.Mean():
-                return reference.mean(x[0], kernel.x_zero, kernel.multiplier, kernel.zero_point)
+                return reference.mean(x[0].reshape(kernel.rows, kernel.channels), kernel.x_zero, kernel.multiplier, kernel.zero_point)
             case p.Conv():
                 return self._conv(kernel, x)
             case p.Depthwise():
                 weights = self.arrays[kernel.weights].reshape(-1, 3, 3)
                 bias, multiplier = self.arrays[kernel.bias], self.arrays[kernel.multiplier]
-                y = reference.depthwise(x[0], kernel.x_zero, weights, bias, multiplier, kernel.zero_point, kernel.stride, kernel.pad)
+                numbers = (kernel.x_zero, weights, bias, multiplier, kernel.zero_point)
+                y = reference.depthwise(_image(kernel, x[0]), *numbers, kernel.stride, kernel.pad)
                 return reference.lookup(self.arrays[kernel.table], y) if kernel.table else y
             case p.AveragePool():
-                return reference.average_pool(x[0], kernel.kernel, kernel.stride, kernel.x_zero, kernel.multiplier, kernel.zero_point)
+                window = (kernel.kernel, kernel.stride)
+                return reference.average_pool(_image(kernel, x[0]), *window, kernel.x_zero, kernel.multiplier, kernel.zero_point)
 
     def _weights(self, linear: p.Linear) -> tuple[Array, Array, Array]:
         return self.arrays[linear.weights], self.arrays[linear.bias], self.arrays[linear.multiplier]
@@ -114,7 +120,11 @@ class _Run:
         return np.concatenate(found, axis=1)
 
     def _conv(self, kernel: p.Conv, x: list[Array]) -> Array:
-        windows = reference.windows(x[0], kernel.kernel, kernel.stride, kernel.pad, kernel.linear.x_zero)
+        windows = reference.windows(_image(kernel, x[0]), kernel.kernel, kernel.stride, kernel.pad, kernel.linear.x_zero)
         height, width = windows.shape[:2]
         residual = x[1].reshape(height * width, -1) if len(x) > 1 else None
         return self._linear(kernel.linear, windows.reshape(height * width, -1), residual).reshape(height, width, -1)
+
+
+def _image(kernel: p.Conv | p.Depthwise | p.AveragePool, x: Array) -> Array:
+    return x.reshape(kernel.height, kernel.width, kernel.channels)

@@ -129,6 +129,13 @@ class Product(Record, frozen=True):
 # ---------------------------------------------------------------------------------------------- operators
 
 
+class Read(Record, frozen=True, tag=True):
+    """The whole sample, height × width × channels."""
+
+    rows: int
+    macs: int = 0
+
+
 class Embed(Record, frozen=True, tag=True):
     """Patches to tokens, position embedding added, the class token before them. Without inputs the image is read band by band."""
 
@@ -239,11 +246,15 @@ class Attend(Record, frozen=True, tag=True):
         normalized = values + _up(values_bytes(self.tokens, self.width), planner.ALIGN)
         return values, normalized, normalized + (_up(tile * self.heads[0].keys.inputs, planner.ALIGN) if self.norm else 0)
 
+    @property
+    def attention_scratch(self) -> int:
+        """Of the kernel itself."""
+        return 8 * _up(self.width, 4) + 8 * _up(self.tokens, 2)
+
     def scratch(self, tile: int) -> int:
-        own = 8 * _up(self.width, 4) + 8 * _up(self.tokens, 2)
         _, normalized, rest = self.parts(tile)
         # attention itself needs no normalized rows: its scratch may lie over them
-        return max(normalized + own, rest + max(max(h.keys.scratch, h.values.scratch) for h in self.heads))
+        return max(normalized + self.attention_scratch, rest + max(max(h.keys.scratch, h.values.scratch) for h in self.heads))
 
 
 class Split(Record, frozen=True, tag=True):
@@ -395,6 +406,9 @@ class Depthwise(Record, frozen=True, tag=True):
     def macs(self) -> int:
         return out_size(self.height, self) * out_size(self.width, self) * self.channels * 9
 
+    def scratch(self, tile: int) -> int:
+        return 24 * (self.width + 2 * self.pad)
+
 
 class AveragePool(Record, frozen=True, tag=True):
     """Averages of kernel × kernel windows."""
@@ -411,7 +425,7 @@ class AveragePool(Record, frozen=True, tag=True):
     macs: int = 0
 
 
-Whole = Embed | Normalize | Dense | Mlp | Attend | Classify
+Whole = Read | Embed | Normalize | Dense | Mlp | Attend | Classify
 Single = Split | Scores | Softmax | Mix | Lookup | Add | Mean | Conv | Depthwise | AveragePool
 Kernel = Whole | Single
 
@@ -455,8 +469,6 @@ class Structure(Record, frozen=True):
     operations: tuple[Operation, ...]
     image: tuple[int, int, int]
     """Height, width, channels of a sample, int8."""
-    input: str
-    """The tensor that holds the whole sample; empty where it is read band by band."""
     output: str
     pixels: Pixels = Pixels()
     logits: Logits = Logits()
@@ -495,7 +507,7 @@ def demand(structure: Structure) -> planner.Demand:
         )
         steps.append(planner.Step(op.name, op.inputs, op.outputs, overlays, pairs))
     sizes = {t.name: t.size_bytes for t in structure.tensors}
-    return planner.Demand(sizes, tuple(steps), (structure.input,) if structure.input else (), (structure.output,))
+    return planner.Demand(sizes, tuple(steps), (), (structure.output,))
 
 
 def maps(kernel: Kernel) -> tuple[Map, ...]:

@@ -51,7 +51,7 @@ def place(
     demand = p.demand(structure)
     first = planner.plan(demand, overlay=overlay, smallest=True)
     writer = emit.written(structure, first)  # how many counters there are and what is read does not depend on tiles or offsets
-    base = toolchain.base(board.core, tuple(sorted({c.function for c in writer.counted})))
+    base = toolchain.base(board.core, writer.functions)
     rest = board.stack_bytes + base.bss + up(4 * (len(writer.counted) + 1))
     limit = board.arena_limit(rest) if enforce else 0
     try:

@@ -122,7 +122,7 @@ class _Building:
 def build(name: str, shape: Shape, numbers: Numbers, fusion: Fusion = "blocks") -> p.Program:
     """The program, class scores (int32) last. What follows the last layer's attention is computed for the class token only."""
     b = _Building(numbers)
-    image = b.tensor("image", shape.image) if fusion == "none" else ""
+    image = b.add("image", p.Read(rows=shape.image[0]), (), "image", shape.image) if fusion == "none" else ""
     x = b.add("embedding", _embed(shape, numbers, streamed=not image), (image,) if image else (), "tokens", (shape.tokens, shape.width))
     for i, layer in enumerate(shape.layers):
         rows = 1 if i == len(shape.layers) - 1 else shape.tokens
@@ -132,7 +132,7 @@ def build(name: str, shape: Shape, numbers: Numbers, fusion: Fusion = "blocks") 
     assert isinstance(head, p.Linear)
     scores = b.add("head", p.Classify(linear=head), (normalized,), "scores", (shape.classes,), 4 * shape.classes)
     structure = p.Structure(
-        name=name, tensors=tuple(b.tensors), operations=tuple(b.operations), image=shape.image, input=image, output=scores
+        name=name, tensors=tuple(b.tensors), operations=tuple(b.operations), image=shape.image, output=scores
     )
     return p.Program(structure, numbers.constants)
 

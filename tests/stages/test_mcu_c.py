@@ -88,6 +88,53 @@ def test_host_qemu_and_interpreter_give_the_same_bytes(tmp_path, written, fusion
     assert section(tmp_path, ".arena") == planned.plan.arena_bytes
 
 
+def convolutional(seed: int) -> Program:
+    """Every kernel that a transformer does not use: convolutions with and without residual, depthwise, pointwise, both kinds of pooling."""
+    numbers = transformer.RandomNumbers(seed)
+
+    def linear(name: str, inputs: int, outputs: int, *, residual: bool = False) -> programs.Linear:
+        found = numbers.map(name, inputs, outputs, gelu=not residual, residual=residual)
+        assert isinstance(found, programs.Linear)
+        return found
+
+    def dense(name: str, inputs: int, outputs: int, rows: int, *, residual: bool = False) -> programs.Dense:
+        return programs.Dense(map=linear(name, inputs, outputs, residual=residual), rows=rows)
+
+    taps = linear("taps", 9, 10)  # for its numbers: nine weights a channel
+    window = {"height": 12, "width": 12, "channels": 10, "stride": 1, "pad": 1}
+    numbered = {"weights": taps.weights, "bias": taps.bias, "multiplier": taps.multiplier, "table": taps.table}
+    depthwise = programs.Depthwise(name="depthwise", x_zero=3, zero_point=-2, **numbered, **window)
+    stem = programs.Conv(linear=linear("stem", 27, 10), height=24, width=24, channels=3, kernel=3, stride=2, pad=1)
+    conv = programs.Conv(linear=linear("conv", 90, 10, residual=True), kernel=3, **window)
+    pool = programs.AveragePool(multiplier=2**22, x_zero=1, zero_point=2, height=12, width=12, channels=7, kernel=2, stride=2)
+    mean = programs.Mean(multiplier=2**24 // 30, x_zero=2, zero_point=-1, rows=36, channels=7)
+    classify = programs.Classify(linear=numbers.map("head", 7, 5))
+    chain = [
+        ("image", programs.Read(rows=24), (), (24, 24, 3)), ("stem", stem, ("image",), (12, 12, 10)),
+        ("depthwise", depthwise, ("stem",), (12, 12, 10)), ("conv", conv, ("depthwise", "stem"), (12, 12, 10)),
+        ("pointwise", dense("pointwise", 10, 7, 144), ("conv",), (144, 7)), ("pool", pool, ("pointwise",), (6, 6, 7)),
+        ("mean", mean, ("pool",), (1, 7)), ("head", classify, ("mean",), (5,)),
+    ]  # fmt: skip
+    tensors = tuple(programs.Tensor(name=n, shape=s, size_bytes=int(np.prod(s)) * (4 if n == "head" else 1)) for n, _, _, s in chain)
+    operations = tuple(programs.Operation(name=n, kernel=k, inputs=i, outputs=(n,)) for n, k, i, _ in chain)
+    structure = programs.Structure(name="convolutional", tensors=tensors, operations=operations, image=(24, 24, 3), output="head")
+    return Program(structure, numbers.constants)
+
+
+def test_a_convolutional_network_gives_the_same_bytes(tmp_path, written):
+    program, board, x = convolutional(3), board_of("stm32f746"), images(ODD, 3)
+    planned = written(program, board)
+    assert plan_check.faults(demand(program.structure), planned.plan) == []
+    assert planned.plan.overlaid == {"conv": "stem"}
+    toolchain.make(tmp_path, "firmware.elf", "firmware_host")
+    want = b"".join(interpreter.run(program, image).tobytes() for image in x)
+    assert len({want[i : i + 20] for i in (0, 20, 40)}) == 3
+    assert toolchain.run_host(tmp_path, x).outputs.tobytes() == want
+    emulated = toolchain.run_emulated(tmp_path, board.core, x)
+    assert emulated.outputs.tobytes() == want
+    assert (emulated.ram_bytes, emulated.flash_bytes) == (planned.footprint.ram, planned.footprint.flash)
+
+
 def section(folder, name: str) -> int:
     text = subprocess.run(["arm-none-eabi-size", "-A", folder / "firmware.elf"], capture_output=True, text=True, check=True).stdout
     return next(int(line.split()[1]) for line in text.splitlines() if line.split()[:1] == [name])
@@ -208,8 +255,22 @@ def test_too_much_memory_does_not_link(tmp_path, written, what, pattern):
                 toolchain.make(tmp_path, "firmware.elf")
 
 
-def test_the_size_of_parameters_is_what_the_compiler_says(tmp_path, mcu_tools):
+def test_sizes_are_what_the_compiler_says(tmp_path, mcu_tools):
     checks = "".join(f'_Static_assert(sizeof({name}) == {size}, "{name}");\n' for name, size in emit.STRUCTS.items())
+    linear = programs.Linear(name="l", weights="", bias="", multiplier="", inputs=37, outputs=11)
+    head = programs.Head(name="h", keys=linear, values=linear, score_multiplier=0, ratio=0, value_zero=0, zero_point=0)
+    attend = programs.Attend(heads=(head,), width=11, tokens=9, rows=9)
+    conv = programs.Conv(linear=linear, height=5, width=6, channels=4, kernel=3, stride=1, pad=1)
+    depthwise = programs.Depthwise(name="d", weights="", bias="", multiplier="", height=5, width=7, channels=4, stride=1, pad=1)
+    low = programs.LowRank(name="r", first=linear, second=linear)
+    sizes = {
+        "NC_LINEAR_SCRATCH(37)": linear.scratch, "NC_LOW_RANK_SCRATCH(37, 11)": low.scratch, "NC_CONV_SCRATCH(37)": conv.scratch(0),
+        "NC_DEPTHWISE_SCRATCH(7, 1)": depthwise.scratch(0), "NC_KEYS_BYTES(9, 11)": programs.keys_bytes(9, 11),
+        "NC_VALUES_BYTES(9, 11)": programs.values_bytes(9, 11), "NC_CONV_OUT(6, 3, 1, 1)": programs.out_size(6, conv),
+        "NC_ATTENTION_SCRATCH(9, 11)": attend.attention_scratch,
+        "NC_MATMUL_SCRATCH(9)": programs.Mix(products=(), rows=9, tokens=9, width=11).scratch(0),
+    }  # fmt: skip
+    checks += "".join(f'_Static_assert({name} == {size}, "{name}");\n' for name, size in sizes.items())
     (tmp_path / "sizes.c").write_text(f'#include "model.h"\n{checks}')
     flags = [*boards.CORES["cortex-m7"].flags.split(), *toolchain.CFLAGS, *(f"-I{toolchain.HERE / d}" for d in ("kernels", "firmware"))]
     subprocess.run([toolchain.COMPILER, *flags, "-c", tmp_path / "sizes.c", "-o", tmp_path / "sizes.o"], check=True)
