@@ -53,10 +53,7 @@ NC_OPERATOR void nc_conv(const nc_conv_t *op, const int8_t *x, const int8_t *res
     for (uint32_t t = 0; t < count; t += rows) {
         rows = nc_block_of(count - t);
         for (uint32_t r = 0; r < rows; r++) {
-            if (rows == 4)
-                expand_window(op, 4, x, top, left, row, words + r);
-            else
-                expand_window(op, 1, x, top, left, row, words);
+            NC_WITH_ROWS(rows, expand_window(op, ROWS, x, top, left, row, words + r));
             left += op->stride;
             if (left == out_width * op->stride)
                 left = 0, top += op->stride;
