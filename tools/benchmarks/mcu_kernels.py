@@ -1,9 +1,11 @@
 """Instructions of every integer kernel, counted in QEMU from call to return. Exact instructions, not cycles: no time is measured.
 
-    python tools/benchmarks/mcu_kernels.py --json
+    python tools/benchmarks/mcu_kernels.py --json --tvm python
 
 Needs gcc-arm-none-eabi and qemu-system-arm. Each call's bytes are checked against the kernel's NumPy definition before its count is
-printed. `bar` is what the kernels were asked for: a count of other kernels for the same work in the same emulator.
+printed. `bar` is what the kernels were asked for: a count of other kernels for the same work in the same emulator. --tvm takes a Python
+that has apache-tvm (`python -m pip install apache-tvm`): its 32x192x192 product, int32 sums without bias or requantization, is compiled
+for a Cortex-M7, checked and counted in the same emulator.
 """
 
 from __future__ import annotations
@@ -64,6 +66,24 @@ def measure(core: str, wanted: list[Row]) -> list[dict[str, Any]]:
     return found
 
 
+def measure_tvm(python: str) -> dict[str, Any]:
+    tokens, inputs, outputs = 32, 192, 192
+    rng = np.random.default_rng(0)
+    x, weight = (rng.integers(-127, 128, shape, dtype=np.int8) for shape in ((tokens, inputs), (outputs, inputs)))
+    call = run.Call("peer", (), (run.Buffer(x), run.Buffer(weight)), 4 * tokens * outputs)
+    with tempfile.TemporaryDirectory() as folder:
+        peer = Path(folder) / "linear.o"
+        command = [python, str(run.HERE / "tvm_linear.py"), str(tokens), str(inputs), str(outputs), str(peer)]
+        tvm = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(["arm-none-eabi-objcopy", "--globalize-symbol=linear_compute_", str(peer)], check=True)
+        [result] = run.in_qemu(run.build_target(Path(folder), peer=peer), [call])
+    if not np.array_equal(result.output.view(np.int32).reshape(tokens, outputs), x.astype(np.int32) @ weight.T.astype(np.int32)):
+        raise SystemExit("TVM's product is another one")
+    count = tokens * inputs * outputs
+    return {"kernel": "tvm_linear_32x192x192", "core": "cortex-m7", "instructions": result.instructions, "unit": "mac", "count": count,
+            "instructions_per_unit": result.instructions / count, "bar": None, "tvm": tvm}  # fmt: skip
+
+
 def version(program: str) -> str:
     return subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
@@ -72,8 +92,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--cores", nargs="+", choices=sorted(run.CORES), default=["cortex-m7"])
+    parser.add_argument("--tvm", metavar="PYTHON", help="a Python with apache-tvm")
     given = parser.parse_args()
     found = [row for core in given.cores for row in measure(core, rows())]
+    if given.tvm:
+        found.append(measure_tvm(given.tvm))
     if given.json:
         environment = {"compiler": version("arm-none-eabi-gcc"), "emulator": version("qemu-system-arm"), "flags": "-O3 -mthumb"}
         print(json.dumps({"label": LABEL, "environment": environment, "rows": found}, indent=1))

@@ -17,8 +17,12 @@ from nascompile.mcu import packing
 
 HERE = Path(__file__).resolve().parent
 KERNELS = Path(mcu.__file__).parent / "kernels"
-NAMES = ("linear", "low_rank", "head", "attention", "matmul", "softmax", "layer_norm", "lookup", "add", "mean", "patch_embed", "conv",
-         "depthwise", "average_pool")  # fmt: skip
+KERNEL_NAMES = (
+    "linear", "low_rank", "head", "attention", "matmul", "softmax", "layer_norm", "lookup", "add", "mean", "patch_embed", "conv",
+    "depthwise", "average_pool",
+)  # fmt: skip
+NAMES = (*KERNEL_NAMES, "peer")
+"""As driver.c numbers them; `peer` is another compiler's object, see build_target."""
 ROWS, KEYS, VALUES = 0, 1, 2
 WARNINGS = ("-std=c11", "-Wall", "-Wextra", "-Werror", "-Wconversion")
 CORES = {
@@ -117,12 +121,15 @@ def build_host(folder: Path, *, sanitize: bool = True) -> Path:
     return out
 
 
-def build_target(folder: Path, core: str = "cortex-m7") -> Path:
-    """The driver for a core; its path."""
+def build_target(folder: Path, core: str = "cortex-m7", peer: Path | None = None) -> Path:
+    """The driver for a core, linked with another compiler's object where one is given; its path."""
     out = folder / f"driver-{core}.elf"
-    _compile(["arm-none-eabi-gcc", *WARNINGS, *CORES[core][1], "-mfloat-abi=hard", "-mthumb", "-O3", "-ffreestanding", "-nostdlib",
-              f"-I{KERNELS}", "-T", str(HERE / "qemu.ld"), *_sources(), str(HERE / "driver.c"), str(HERE / "platform_qemu.c"), "-lgcc",
-              "-fno-tree-loop-distribute-patterns", "-Wl,--no-warn-rwx-segments"], out)  # fmt: skip
+    sources = [*_sources(), str(HERE / "driver.c"), str(HERE / "platform_qemu.c")]
+    if peer is not None:
+        sources += [str(peer), "-Wl,--unresolved-symbols=ignore-all", "-Wl,--no-warn-mismatch"]  # its error reporting; it passes no floats
+    flags = ["-mfloat-abi=hard", "-mthumb", "-O3", "-ffreestanding", "-nostdlib", "-fno-tree-loop-distribute-patterns"]
+    link = ["-T", str(HERE / "qemu.ld"), "-Wl,--no-warn-rwx-segments", "-lgcc"]
+    _compile(["arm-none-eabi-gcc", *WARNINGS, *CORES[core][1], *flags, f"-I{KERNELS}", *sources, *link], out)
     return out
 
 

@@ -1,4 +1,4 @@
-/* Attention of one head, four query rows at a time: scores, softmax and values without a score matrix. */
+/* Attention of one head, four query rows at a time where there are four: scores, softmax and values without a score matrix. */
 #include "dot.h"
 #include "kernels.h"
 
@@ -86,10 +86,7 @@ NC_OPERATOR void nc_attention(const nc_attention_t *op, const int8_t *q, const i
     uint32_t step;
     for (uint32_t r = 0; r < rows; r += step, q += step * op->q_stride, y += step * op->y_stride) {
         step = nc_block_of(rows - r);
-        if (step == 4)
-            attend(op, 4, q, keys, values, y, scratch);
-        else
-            attend(op, 1, q, keys, values, y, scratch);
+        NC_WITH_ROWS(step, attend(op, ROWS, q, keys, values, y, scratch));
     }
 }
 
@@ -135,9 +132,6 @@ NC_OPERATOR void nc_matmul(const nc_matmul_t *op, const void *x, const int8_t *w
     uint32_t step;
     for (uint32_t r = 0; r < rows; r += step, from += step * op->x_stride, y += step * op->y_stride) {
         step = nc_block_of(rows - r);
-        if (step == 4)
-            multiply(op, 4, from, w, y, scratch);
-        else
-            multiply(op, 1, from, w, y, scratch);
+        NC_WITH_ROWS(step, multiply(op, ROWS, from, w, y, scratch));
     }
 }

@@ -53,10 +53,7 @@ NC_OPERATOR void nc_conv(const nc_conv_t *op, const int8_t *x, const int8_t *res
     for (uint32_t t = 0; t < count; t += rows) {
         rows = nc_block_of(count - t);
         for (uint32_t r = 0; r < rows; r++) {
-            if (rows == 4)
-                expand_window(op, 4, x, top, left, row, words + r);
-            else
-                expand_window(op, 1, x, top, left, row, words);
+            NC_WITH_ROWS(rows, expand_window(op, ROWS, x, top, left, row, words + r));
             left += op->stride;
             if (left == out_width * op->stride)
                 left = 0, top += op->stride;
@@ -93,20 +90,33 @@ NC_INLINE void lift_row(const nc_depthwise_t *op, const int8_t *x, uint32_t row,
     memset(strip, 0, 8 * op->pad);
 }
 
-/* Four channels of one window: three rows of three pixels. */
-NC_INLINE void window(const uint32_t *const rows[3], uint32_t left, const uint32_t *tap, int32_t *sums)
+/* Three neighbouring pixels of four channels by their taps; returns the tap behind the last. */
+NC_INLINE const uint32_t *three_taps(const uint32_t *pixel, const uint32_t *tap, int32_t *sums)
 {
-#pragma GCC unroll 1
-    for (const uint32_t *const *row = rows; row != rows + 3; row++) {
-        const uint32_t *pixel = *row + 2 * left;
-#pragma GCC unroll 3
-        for (uint32_t j = 0; j < 3; j++, pixel += 2, tap += 2) {
-            sums[0] = nc_mul_low_add(pixel[0], tap[0], sums[0]);
-            sums[1] = nc_mul_low_add(pixel[1], tap[1], sums[1]);
-            sums[2] = nc_mul_top_add(pixel[0], tap[0], sums[2]);
-            sums[3] = nc_mul_top_add(pixel[1], tap[1], sums[3]);
-        }
+#if NC_ON_TARGET
+#define NC_TAP                                                                                                                  \
+    "ldrd %[p], %[q], [%[pixel]], #8\n\t"                                                                                       \
+    "ldrd %[u], %[v], [%[tap]], #8\n\t"                                                                                         \
+    "smlabb %[s0], %[p], %[u], %[s0]\n\t"                                                                                       \
+    "smlabb %[s1], %[q], %[v], %[s1]\n\t"                                                                                       \
+    "smlatt %[s2], %[p], %[u], %[s2]\n\t"                                                                                       \
+    "smlatt %[s3], %[q], %[v], %[s3]\n\t"
+    int32_t s0 = sums[0], s1 = sums[1], s2 = sums[2], s3 = sums[3];
+    uint32_t p, q, u, v;
+    __asm__ volatile(NC_TAP NC_TAP NC_TAP
+                     : [s0] "+&r"(s0), [s1] "+&r"(s1), [s2] "+&r"(s2), [s3] "+&r"(s3), [pixel] "+&r"(pixel), [tap] "+&r"(tap),
+                       [p] "=&r"(p), [q] "=&r"(q), [u] "=&r"(u), [v] "=&r"(v)
+                     :
+                     : "memory");
+    sums[0] = s0, sums[1] = s1, sums[2] = s2, sums[3] = s3;
+    return tap;
+#else
+    for (uint32_t word = 0; word < 6; word++) { /* words: channels 0 and 2, channels 1 and 3 */
+        sums[word % 2] = nc_signed((uint32_t)sums[word % 2] + (uint32_t)(nc_low(pixel[word]) * nc_low(tap[word])));
+        sums[2 + word % 2] = nc_signed((uint32_t)sums[2 + word % 2] + (uint32_t)(nc_high(pixel[word]) * nc_high(tap[word])));
     }
+    return tap + 6;
+#endif
 }
 
 NC_OPERATOR void nc_depthwise(const nc_depthwise_t *op, const int8_t *x, int8_t *y, void *scratch)
@@ -132,14 +142,17 @@ NC_OPERATOR void nc_depthwise(const nc_depthwise_t *op, const int8_t *x, int8_t 
                 rows[r] = strip + (top + r) % 3 * pitch;
             for (uint32_t j = 0; j < out_width; j++, to += channels) {
                 int32_t sums[4] = {nc_signed(w[0]), nc_signed(w[1]), nc_signed(w[2]), nc_signed(w[3])};
-                window(rows, j * stride, taps, sums);
+                const uint32_t *tap = taps;
+                for (uint32_t r = 0; r < 3; r++)
+                    tap = three_taps(rows[r] + 2 * j * stride, tap, sums);
                 nc_requantize2(sums, nc_signed(w[13]), nc_signed(w[14]), zero_point);
                 nc_requantize2(sums + 2, nc_signed(w[15]), nc_signed(w[16]), zero_point);
                 if (table != NULL)
                     for (uint32_t lane = 0; lane < 4; lane++)
                         sums[lane] = table[(uint8_t)sums[lane]];
                 if (lanes == 4)
-                    nc_store4(to, nc_bytes(sums));
+                    for (uint32_t lane = 0; lane < 4; lane++)
+                        to[lane] = (int8_t)sums[lane];
                 else
                     for (uint32_t lane = 0; lane < lanes; lane++)
                         to[lane] = (int8_t)sums[lane];

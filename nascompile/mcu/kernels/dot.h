@@ -1,7 +1,7 @@
 /* The inner loop of everything that multiplies matrices: rows of int16 against packed pairs of int8 outputs.
  *
- * x, four rows:  for each two inputs k, k': words (row 0: x_k, x_k'), (row 1), (row 2), (row 3); one row: just its words.
- * w:             for each two inputs, bytes w[o][k], w[o+1][k], w[o][k'], w[o+1][k'].
+ * x: for each two inputs k, k', words (row 0: x_k, x_k'), (row 1), ... of 4 rows or 1.
+ * w: for each two inputs, bytes w[o][k], w[o+1][k], w[o][k'], w[o+1][k'].
  * sums[2 * row + output] grow by the products. Returns the word behind the last weight read.
  *
  * Four rows and two outputs are what 14 registers hold: 8 sums, 2 pointers, 2 words of x, 2 of w. A pair of inputs costs 13
@@ -27,6 +27,19 @@
     "smlad %[s5], %[p], %[u], %[s5]\n\t"                                                                                        \
     "smlad %[s6], %[q], %[v], %[s6]\n\t"                                                                                        \
     "smlad %[s7], %[q], %[u], %[s7]\n\t"
+
+/* Two pairs of one row. */
+#define NC_QUAD_1X2                                                                                                             \
+    "ldrd %[u], %[v], [%[w]], #8\n\t"                                                                                           \
+    "ldrd %[p], %[q], [%[x]], #8\n\t"                                                                                           \
+    "sxtb16 %[t], %[u]\n\t"                                                                                                     \
+    "sxtb16 %[u], %[u], ror #8\n\t"                                                                                             \
+    "smlad %[s0], %[p], %[t], %[s0]\n\t"                                                                                        \
+    "smlad %[s1], %[p], %[u], %[s1]\n\t"                                                                                        \
+    "sxtb16 %[t], %[v]\n\t"                                                                                                     \
+    "sxtb16 %[v], %[v], ror #8\n\t"                                                                                             \
+    "smlad %[s0], %[q], %[t], %[s0]\n\t"                                                                                        \
+    "smlad %[s1], %[q], %[v], %[s1]\n\t"
 
 /* No general register is left for the end of the loop: it waits in a floating-point one. */
 #define NC_LOOP_4X2(body, end)                                                                                                  \
@@ -110,9 +123,21 @@ NC_INLINE const uint32_t *nc_dot_4x2(int32_t *sums, const uint32_t *x, const uin
 
 #endif
 
+/* One row. */
 NC_INLINE const uint32_t *nc_dot_1x2(int32_t *sums, const uint32_t *x, const uint32_t *w, uint32_t pairs)
 {
     int32_t even = sums[0], odd = sums[1];
+#if NC_ON_TARGET
+    for (const uint32_t *end = w + (pairs & ~3U); w != end;) {
+        uint32_t p, q, t, u, v;
+        __asm__ volatile(NC_QUAD_1X2 NC_QUAD_1X2
+                         : [s0] "+&r"(even), [s1] "+&r"(odd), [x] "+&r"(x), [w] "+&r"(w), [p] "=&r"(p), [q] "=&r"(q), [t] "=&r"(t),
+                           [u] "=&r"(u), [v] "=&r"(v)
+                         :
+                         : "memory");
+    }
+    pairs &= 3U;
+#endif
     for (const uint32_t *end = w + pairs; w != end; w++, x++) {
         even = nc_dot2(*x, nc_even_bytes(*w), even);
         odd = nc_dot2(*x, nc_odd_bytes(*w), odd);
@@ -121,18 +146,20 @@ NC_INLINE const uint32_t *nc_dot_1x2(int32_t *sums, const uint32_t *x, const uin
     return w;
 }
 
-NC_INLINE const uint32_t *nc_linear_1x2(int32_t *y, const uint32_t *x, const uint32_t *w, uint32_t pairs, int32_t zero_point)
-{
-    y[0] = nc_signed(w[0]), y[1] = nc_signed(w[1]);
-    w = nc_dot_1x2(y, x, w + 2, pairs);
-    nc_requantize2(y, nc_signed(w[0]), nc_signed(w[1]), zero_point);
-    return w + 2;
-}
-
 /* rows: 4 or 1, a constant */
 NC_INLINE const uint32_t *nc_dot(uint32_t rows, int32_t *sums, const uint32_t *x, const uint32_t *w, uint32_t pairs)
 {
     return rows == 4 ? nc_dot_4x2(sums, x, w, pairs) : nc_dot_1x2(sums, x, w, pairs);
+}
+
+NC_INLINE const uint32_t *nc_linear_rows(uint32_t rows, int32_t *y, const uint32_t *x, const uint32_t *w, uint32_t pairs, int32_t zero_point)
+{
+    if (rows == 4)
+        return nc_linear_4x2(y, x, w, pairs, zero_point);
+    y[0] = nc_signed(w[0]), y[1] = nc_signed(w[1]);
+    w = nc_dot_1x2(y, x, w + 2, pairs);
+    nc_requantize2(y, nc_signed(w[0]), nc_signed(w[1]), zero_point);
+    return w + 2;
 }
 
 /* One row of int8 to every rows-th word from x: inputs (k, k+2), (k+1, k+3) of each four, zeros behind the last. */
@@ -153,7 +180,19 @@ NC_INLINE void nc_expand_row(uint32_t rows, uint32_t *x, const int8_t *row, uint
 
 NC_INLINE uint32_t nc_quads(uint32_t inputs) { return (inputs + 3) / 4; }
 
-/* A row of `rows` as it has to be done next: four while there are four. */
+/* How many rows to take at once while so many are left. */
 NC_INLINE uint32_t nc_block_of(uint32_t rows_left) { return rows_left >= 4 ? 4 : 1; }
+
+/* Runs `call` with the constant ROWS that `rows` is. */
+#define NC_WITH_ROWS(rows, call)                                                                                                \
+    do {                                                                                                                        \
+        if ((rows) == 4) {                                                                                                      \
+            enum { ROWS = 4 };                                                                                                  \
+            call;                                                                                                               \
+        } else {                                                                                                                \
+            enum { ROWS = 1 };                                                                                                  \
+            call;                                                                                                               \
+        }                                                                                                                       \
+    } while (0)
 
 #endif

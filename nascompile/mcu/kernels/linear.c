@@ -42,10 +42,7 @@ NC_INLINE void block(const nc_linear_t op, int kind, uint32_t rows, const uint32
         y += kind == TO_VALUES ? first * 2 : first * stride;
     for (uint32_t left = op.outputs; left > 0; left -= 2) {
         int32_t y8[8];
-        if (rows == 4)
-            w = nc_linear_4x2(y8, x, w, pairs, op.zero_point);
-        else
-            w = nc_linear_1x2(y8, x, w, pairs, op.zero_point);
+        w = nc_linear_rows(rows, y8, x, w, pairs, op.zero_point);
         if (left == 1) {
             for (uint32_t r = 0; r < rows; r++)
                 put(&op, kind, y8 + 2 * r, r, 0, y);
@@ -112,10 +109,7 @@ NC_INLINE void block_of(const nc_linear_t *op, uint32_t rows, const uint32_t *x,
 NC_OPERATOR void nc_linear_block(const nc_linear_t *op, uint32_t rows, const uint32_t *x, uint32_t pairs, uint32_t first,
                                  const int8_t *residual, int8_t *y)
 {
-    if (rows == 4)
-        block_of(op, 4, x, pairs, first, residual, y);
-    else
-        block_of(op, 1, x, pairs, first, residual, y);
+    NC_WITH_ROWS(rows, block_of(op, ROWS, x, pairs, first, residual, y));
 }
 
 NC_OPERATOR void nc_linear(const nc_linear_t *op, const int8_t *x, uint32_t tokens, const int8_t *residual, int8_t *y, void *scratch)
@@ -124,15 +118,12 @@ NC_OPERATOR void nc_linear(const nc_linear_t *op, const int8_t *x, uint32_t toke
     for (uint32_t t = 0; t < tokens; t += rows) {
         rows = nc_block_of(tokens - t);
         for (uint32_t r = 0; r < rows; r++, x += op->x_stride)
-            if (rows == 4)
-                nc_expand_row(4, words + r, x, op->inputs);
-            else
-                nc_expand_row(1, words, x, op->inputs);
+            NC_WITH_ROWS(rows, nc_expand_row(ROWS, words + r, x, op->inputs));
         nc_linear_block(op, rows, words, pairs, t, residual, y);
     }
 }
 
-/* The first factor of four rows or one: the words of the second factor's input. */
+/* The first factor of a block of rows: the words of the second factor's input. */
 NC_INLINE void narrow(const nc_linear_t *op, uint32_t rows, const uint32_t *x, uint32_t *mid)
 {
     const uint32_t *w = op->weights;
@@ -155,14 +146,8 @@ NC_OPERATOR void nc_low_rank(const nc_low_rank_t *op, const int8_t *x, uint32_t 
     for (uint32_t t = 0; t < tokens; t += rows) {
         rows = nc_block_of(tokens - t);
         for (uint32_t r = 0; r < rows; r++, x += first->x_stride)
-            if (rows == 4)
-                nc_expand_row(4, words + r, x, first->inputs);
-            else
-                nc_expand_row(1, words, x, first->inputs);
-        if (rows == 4)
-            narrow(first, 4, words, mid);
-        else
-            narrow(first, 1, words, mid);
+            NC_WITH_ROWS(rows, nc_expand_row(ROWS, words + r, x, first->inputs));
+        NC_WITH_ROWS(rows, narrow(first, ROWS, words, mid));
         nc_linear_block(second, rows, mid, pairs, t, residual, y);
     }
 }
@@ -173,7 +158,7 @@ NC_OPERATOR void nc_head(const nc_linear_t *op, const int8_t *x, int32_t *y, voi
     nc_expand_row(1, scratch, x, op->inputs);
     for (uint32_t o = 0; o < op->outputs; o += 2) {
         int32_t sums[2] = {nc_signed(w[0]), nc_signed(w[1])};
-        w = nc_dot_1x2(sums, scratch, w + 2, 2 * nc_quads(op->inputs));
+        w = nc_dot(1, sums, scratch, w + 2, 2 * nc_quads(op->inputs));
         y[o] = nc_mul_high(sums[0], nc_signed(w[0]));
         if (o + 1 < op->outputs)
             y[o + 1] = nc_mul_high(sums[1], nc_signed(w[1]));

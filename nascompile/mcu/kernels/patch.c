@@ -33,10 +33,7 @@ NC_OPERATOR void nc_patch_band(const nc_patch_embed_t *op, const int8_t *band, c
     for (uint32_t t = 0; t < op->columns; t += rows) {
         rows = nc_block_of(op->columns - t);
         for (uint32_t r = 0; r < rows; r++, band += run)
-            if (rows == 4)
-                expand_patch(4, words + r, band, op->patch, run, pitch);
-            else
-                expand_patch(1, words, band, op->patch, run, pitch);
+            NC_WITH_ROWS(rows, expand_patch(ROWS, words + r, band, op->patch, run, pitch));
         nc_linear_block(&op->linear, rows, words, 2 * nc_quads(op->linear.inputs), t, residual, y);
     }
 }

@@ -38,12 +38,6 @@ NC_INLINE uint32_t nc_load4(const void *from)
 NC_INLINE void nc_store4(void *to, uint32_t word) { __builtin_memcpy(to, &word, 4); }
 
 NC_INLINE int32_t nc_signed(uint32_t word) { return (int32_t)word; } /* modulo 2^32, in every compiler that has this target */
-/* the low bytes of four words, the first in the low byte */
-NC_INLINE uint32_t nc_bytes(const int32_t *words)
-{
-    return ((uint32_t)words[0] & 0xFFU) | ((uint32_t)words[1] & 0xFFU) << 8 | ((uint32_t)words[2] & 0xFFU) << 16 | (uint32_t)words[3] << 24;
-}
-
 NC_INLINE int32_t nc_low(uint32_t word) { return (int32_t)(int16_t)(uint16_t)(word & 0xFFFFU); }
 NC_INLINE int32_t nc_signed_byte(uint32_t word) { return (int32_t)(int8_t)(uint8_t)(word & 0xFFU); }
 NC_INLINE int32_t nc_high(uint32_t word) { return (int32_t)(int16_t)(uint16_t)(word >> 16); }
@@ -109,21 +103,6 @@ NC_INLINE int32_t nc_dot2(uint32_t a, uint32_t b, int32_t sum)
 {
     int32_t r;
     __asm__("smlad %0, %1, %2, %3" : "=r"(r) : "r"(a), "r"(b), "r"(sum));
-    return r;
-}
-
-/* sum + low a * low b, sum + high a * high b, modulo 2^32 */
-NC_INLINE int32_t nc_mul_low_add(uint32_t a, uint32_t b, int32_t sum)
-{
-    int32_t r;
-    __asm__("smlabb %0, %1, %2, %3" : "=r"(r) : "r"(a), "r"(b), "r"(sum));
-    return r;
-}
-
-NC_INLINE int32_t nc_mul_top_add(uint32_t a, uint32_t b, int32_t sum)
-{
-    int32_t r;
-    __asm__("smlatt %0, %1, %2, %3" : "=r"(r) : "r"(a), "r"(b), "r"(sum));
     return r;
 }
 
@@ -227,8 +206,6 @@ NC_INLINE int32_t nc_dot2(uint32_t a, uint32_t b, int32_t sum)
     return nc_signed((uint32_t)sum + (uint32_t)(nc_low(a) * nc_low(b)) + (uint32_t)(nc_high(a) * nc_high(b)));
 }
 
-NC_INLINE int32_t nc_mul_low_add(uint32_t a, uint32_t b, int32_t sum) { return nc_signed((uint32_t)sum + (uint32_t)(nc_low(a) * nc_low(b))); }
-NC_INLINE int32_t nc_mul_top_add(uint32_t a, uint32_t b, int32_t sum) { return nc_signed((uint32_t)sum + (uint32_t)(nc_high(a) * nc_high(b))); }
 NC_INLINE int32_t nc_mul_add(int32_t a, int32_t b, int32_t c) { return nc_signed((uint32_t)a * (uint32_t)b + (uint32_t)c); }
 NC_INLINE int32_t nc_mul_high(int32_t a, int32_t b) { return (int32_t)(((int64_t)a * b + (INT64_C(1) << 31)) >> 32); }
 NC_INLINE int32_t nc_mul_high_add(int32_t a, int32_t b, int32_t c) { return nc_signed((uint32_t)nc_mul_high(a, b) + (uint32_t)c); }
