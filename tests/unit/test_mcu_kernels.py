@@ -117,10 +117,34 @@ def test_a_kernel_returns_what_its_definition_says(kernel, host):
     check(calls, run.on_host(host, calls))
 
 
+def random_calls(seed, count):
+    """Kernels in turn, each of a size nobody chose."""
+    rng = np.random.default_rng(seed)
+    size = lambda low, high: int(rng.integers(low, high + 1))  # noqa: E731
+    kinds = ("rows", "table", "residual", "keys", "values")
+    makers = (
+        lambda: linear(rng, size(1, 13), size(1, 70), size(1, 21), kind=str(rng.choice(kinds))),
+        lambda: low_rank(rng, size(1, 9), size(1, 40), size(1, 20), size(1, 12), kind=str(rng.choice(kinds[:3]))),
+        lambda: attention(rng, size(1, 9), size(1, 70), size(1, 40), spread=float(rng.choice([0.001, 0.02, 0.05]))),
+        lambda: layer_norm(rng, size(1, 5), size(2, 300), spread=size(1, 128), eps=float(rng.choice([0.0, 1e-6, 0.1]))),
+        lambda: patch_embed(rng, size(1, 6), size(1, 4), size(1, 9), size(1, 3), size(1, 7), residual=bool(size(0, 1))),
+        lambda: conv(rng, size(3, 9), size(3, 9), size(1, 6), size(1, 7), size(1, 3), size(1, 3), size(0, 1)),
+        lambda: depthwise(rng, size(3, 9), size(3, 9), size(1, 11), size(1, 3), size(0, 2), table=bool(size(0, 1))),
+        lambda: average_pool(rng, size(4, 9), size(4, 9), size(1, 9), size(1, 4), size(1, 3)),
+    )
+    return [makers[i % len(makers)]() for i in range(count)]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_so_it_does_at_sizes_nobody_chose(seed, host):
+    calls = random_calls(seed, 240)
+    check(calls, run.on_host(host, calls))
+
+
 @pytest.mark.parametrize("core", sorted(run.CORES))
 def test_so_does_each_core_in_qemu(core, tmp_path):
     _need("arm-none-eabi-gcc", "qemu-system-arm")
-    calls = [call for kernel in run.KERNEL_NAMES for call in calls_of(kernel)]
+    calls = [call for kernel in run.KERNEL_NAMES for call in calls_of(kernel)] + random_calls(3, 80)
     results = run.in_qemu(run.build_target(tmp_path, core), calls, core)
     check(calls, results)
     assert min(result.instructions for result in results) > 10

@@ -147,7 +147,7 @@ def on_host(driver: Path, calls: list[Call]) -> list[Result]:
 
 
 def in_qemu(driver: Path, calls: list[Call], core: str = "cortex-m7") -> list[Result]:
-    """Exact instructions from call to return, 3 to 7 of them the reading of the timer."""
+    """Exact instructions from call to return, to within the one that its 1.6 ticks round to; 3 to 7 of them read the timer."""
     folder = driver.parent / core
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

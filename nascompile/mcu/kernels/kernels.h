@@ -10,8 +10,11 @@
  *
  * MEMORY
  *   Activations are rows of channels: [tokens][channels], images [height][width][channels]; strides in bytes.
- *   `scratch` and packed weights are 8-byte aligned; activations may lie anywhere. NC_..._SCRATCH gives bytes.
+ *   `scratch`, packed weights, and keys and values that nc_attention or nc_matmul read are 8-byte aligned; other activations may lie
+ *   anywhere. NC_..._SCRATCH gives bytes. The stack takes less than 512 bytes a call.
  *   Where input and output may be the same memory, it is said; elsewhere they may not overlap.
+ *
+ * COMPILING: C11 with GCC's assembly and statement expressions; on the target -O1 or more, since every register is used by name.
  *
  * PACKED WEIGHTS of one linear map (packing.py), a stream of words, for each pair of outputs (o, o+1):
  *   int32 bias[o], bias[o+1];
