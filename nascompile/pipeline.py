@@ -19,19 +19,17 @@ import filelock
 import msgspec
 import numpy as np
 
-import nascompile
 from nascompile import (
     build,
     data,
     finetune,
     journal,
-    kit,
-    kit_import,
     latency_table,
     lowering,
     measure,
     models,
     network,
+    places,
     plugins,
     profiler,
     report,
@@ -41,13 +39,13 @@ from nascompile import (
     space as spaces,
     targets,
     variants,
+    workers,
 )
 from nascompile.accuracy import Evaluator, best_method
 from nascompile.backends import CrossCompiler
 from nascompile.errors import DataError, ModelError, NascompileError, RecipeError, RecordError, TableError, UnsupportedError
 from nascompile.families import Family
 from nascompile.families.encoder import quiet
-from nascompile.pass_check import PassCheck
 from nascompile.preprocess import Preprocessor
 from nascompile.processes import ALONE, Team, join
 from nascompile.progress import Progress, Silent
@@ -81,9 +79,10 @@ from nascompile.records import (
 )
 from nascompile.remote_device import RemoteDevice
 from nascompile.search import Pricing, search
-from nascompile.settings import DEMO, TOY, Recipe
+from nascompile.settings import DEMO, TOY, Recipe, SearchSettings
 from nascompile.space import largest, uniform
 from nascompile.supernet import Supernet, extract
+from nascompile.worker import Bench
 
 STAGES = ("data", "profile", "finetune", "search", "build", "measure", "rerank", "report")
 DEVICES = "devices"
@@ -92,6 +91,8 @@ FIXED = ("model", "new_head", "data", "task", "metric", "device", "backend", "th
 """Settings that make another run of it: what was measured and scored does not carry over."""
 DECIDING = ("budgets", "finetune", "search", "measure", "also")
 """Settings that lead to a choice: fixed once test has been read for one."""
+IDLE = ("workers", "ray")
+"""Settings of a search that change nothing but how long it takes."""
 TEACHER_SHARE, FINETUNE_SHARE, SEARCH_SHARE = 0.25, 0.55, 0.8
 """Parts of `minutes` after which the teacher, the super-network and the search come to an end."""
 TableUse = Literal["", "add-missing", "fresh"]
@@ -101,6 +102,8 @@ FRESH = "profiling-fresh"
 """Folder of what a fresh profile has timed so far."""
 FOREIGN = "foreign.json"
 """What is foreign about `table.json`; not there where nothing is."""
+EXPLAIN = "explain.json"
+"""What `search --explain` found; not there where nobody asked."""
 
 
 class Method(Record, frozen=True):
@@ -167,7 +170,7 @@ def _check_target(recipe: Recipe, until: str) -> None:
 
 
 def _lead(team: Team, recipe: Recipe, out: Path, until: str, progress: Progress, given: Given, table: TableUse) -> None:
-    with _locked(out):
+    with locked(out):
         _sweep(out)
         _keep_recipe(recipe, out)
         if team.remark:
@@ -224,11 +227,11 @@ class Context:
                 r.tables, r.allow_foreign, r.search.precisions, *self._further_inputs(),
             ),
             "finetune": lambda: self._training_inputs(),
-            "search": lambda: (after["finetune"], after["profile"], r.search, r.budgets, r.seed),
+            "search": lambda: (after["finetune"], after["profile"], _without(r.search, *IDLE), r.budgets, r.seed),
             "build": lambda: (after["search"], r.measure.top_k, r.measure.safety, *self._rivalry()),
             "measure": lambda: (after["build"], _without(r.measure, "tune_session"), r.seed),
             "rerank": lambda: (after["measure"], r.budgets, r.measure.safety, *(after["profile"] if self.further else ())),
-            "report": lambda: (after, r),
+            "report": lambda: (after, r, *(file_digest(path) for path in [self.out / EXPLAIN] if path.is_file())),
         }
         return read[stage]()
 
@@ -367,9 +370,9 @@ class Context:
 
     def space_of(self, config: Any, order: tuple[int, ...]) -> SearchSpace:
         """The search space with its layers in a given order of importance."""
-        places = ((self.backend, self.target), *((f.backend, f.target) for f in self.further))
+        of_each = ((self.backend, self.target), *((f.backend, f.target) for f in self.further))
         return network.shared_space(
-            self.family, config, places, models.weights_digest(self.model_folder), order, self.recipe.search.precisions
+            self.family, config, of_each, models.weights_digest(self.model_folder), order, self.recipe.search.precisions
         )
 
     def _operators(self, number: int) -> tuple[Operator, ...]:
@@ -395,6 +398,15 @@ class Context:
         return Evaluator(
             net, folder, self.space, self.task, self.metric, self.split("calibration", "ranges"), self.split("validation", "scores"),
             method, s.calibration_samples, s.validation_samples, self.recipe.seed, self.target.workload.batch,
+        )  # fmt: skip
+
+    def _bench(self, method: str) -> Bench | None:
+        """What other processes need to score the super-network's candidates; None where the metric is only known here."""
+        s = self.recipe.search
+        return None if self.given.metric else Bench(
+            weights=str((self.out / "supernet").resolve()), data=str((self.out / "data").resolve()), family=self.family.name,
+            space=self.space, task=self.recipe.task, metric=self.metric, method=method, calibration_samples=s.calibration_samples,
+            validation_samples=s.validation_samples, seed=self.recipe.seed, batch=self.target.workload.batch,
         )  # fmt: skip
 
     @cached_property
@@ -471,7 +483,7 @@ class Context:
             table = self._table(own, self.target, self.backend, self.device, explicit)
             environment = self.device.environment(self.target, self.backend.versions())
         save(table, self.out / "table.json")
-        self.progress.note(f"{len(table.rows)} operators, 90 % interval ±{100 * table.relative_error:.1f} %")
+        self.progress.note(f"{len(table.rows)} operators, 90 % interval {latency_table.error_text(table)}")
         written, folder = [self.out / "table.json", *self._note_foreign(table, environment)], several.tables_folder(self.recipe)
         for number, f in enumerate(self.further, 1):
             if f.absent:
@@ -488,7 +500,7 @@ class Context:
                 table = self._table(spaces.of_targets(shared, (number,)), f.target, f.backend, device, folder)
             save(table, self.out / "tables" / f"{f.file}.json")
             written.append(self.out / "tables" / f"{f.file}.json")
-            self.progress.note(f"{f.label}: {len(table.rows)} operators, 90 % interval ±{100 * table.relative_error:.1f} %")
+            self.progress.note(f"{f.label}: {len(table.rows)} operators, 90 % interval {latency_table.error_text(table)}")
         _discard(self.out, (FRESH,))
         return written
 
@@ -499,6 +511,9 @@ class Context:
         found = None
         if self.table_use != "fresh":
             found = latency_table.find(target, environment, operators, explicit, self.recipe.allow_foreign)
+        own = found and not latency_table.differences(found.table.environment, environment)
+        if found and own and not self._still_holds(found, operators, space, backend, device):
+            found = None
         if self.table_use == "add-missing" and found is None:
             raise latency_table.nothing_to_add_to(target, environment, explicit)
         foreign = latency_table.differences(found.table.environment, environment) if found else ()
@@ -513,11 +528,9 @@ class Context:
             self.progress.note(f"using a foreign latency table, with other {', '.join(name for name, _, _ in foreign)}: {found.path}")
             return found.table
         if found and not found.missing:
-            profiler.canary(found.table, self.family, self.config, space, backend, device, work, self.recipe.seed)
             self.progress.note(f"using the latency table {found.path}")
             return found.table
         if found:
-            self._check_pace(found, operators, space, backend, device)
             self.progress.note(f"adding {len(found.missing)} of {len(operators)} operators to the rows of {found.path}")
         table = profiler.profile(
             self.family, self.config, space, target, backend, device, work, self.recipe.seed, self.progress,
@@ -531,13 +544,27 @@ class Context:
         """Where a profile keeps what it has timed until it is finished: a fresh one goes on with nothing that was timed before it."""
         return self.out / (FRESH if self.table_use == "fresh" else "profiling")
 
-    def _check_pace(
+    def _still_holds(
         self, found: latency_table.Found, operators: Sequence[Operator], space: SearchSpace, backend: Any, device: Any
-    ) -> None:  # fmt: skip
-        """TableError if rows that are timed now would not fit to those of the table; nothing where no layer of this space is among them."""
+    ) -> bool:  # fmt: skip
+        """Whether rows that are timed now fit to those of the table, as far as layers of this space are among them.
+
+        TableError if they do not: whoever made the table decides what to do. One that came with the package was made by nobody here, and
+        is passed over with a note.
+        """
         layers = {segment.kind for segment in self.family.segments(self.config) if segment.layer is not None}
-        if any(operator.kind in layers for operator in operators if operator not in found.missing):
-            profiler.canary(found.table, self.family, self.config, space, backend, device, self.out / "profiling", self.recipe.seed)
+        if not any(operator.kind in layers for operator in operators if operator not in found.missing):
+            return True
+        try:
+            work = self.out / "profiling"
+            ratio = profiler.canary(found.table, self.family, self.config, space, backend, device, work, self.recipe.seed)
+        except TableError as error:
+            if not places.is_packaged(places.TABLES, found.path):
+                raise
+            self.progress.note(f"a packaged latency table is passed over: {error.message}: {found.path}")
+            return False
+        self.progress.note(f"operators of {found.path} take {ratio:.2f} times what it says")
+        return True
 
     def _note_foreign(self, table: LatencyTable, environment: Environment) -> list[Path]:
         """Keeps what is foreign about the run's table, where something is."""
@@ -603,14 +630,18 @@ class Context:
         reference = best.score(largest(self.space))
         save(reference, self.out / "baseline.json")
         self.progress.note(f"baseline {self.metric} {reference.value:.2f} on validation; calibration by {best.method}")
-        front = search(
-            self.evaluator(self.out / "supernet", best.method), self.pricing, reference,
-            self.bounds, self.recipe.search, self.recipe.seed, self.out / "journal.jsonl", self.progress,
-            self.deadline(SEARCH_SHARE), self.further_pricing,
-        )  # fmt: skip
+        evaluator, s = self.evaluator(self.out / "supernet", best.method), self.recipe.search
+        with workers.opened(evaluator, self._bench(best.method), s.workers, s.ray, s.evaluations, self.progress.note) as executor:
+            front = search(
+                evaluator, self.pricing, reference, self.bounds, s, self.recipe.seed, self.out / "journal.jsonl", self.progress,
+                self.deadline(SEARCH_SHARE), self.further_pricing, executor,
+            )  # fmt: skip
+        # every worker is gone by now: engines are never timed while candidates are scored
         front = msgspec.structs.replace(front, absent=tuple((f.target.id, f.absent) for f in self.further if f.absent))
         save(front, self.out / "front.json")
         self.progress.note(f"{front.scored} candidates scored, {len(front.evaluations)} on the front")
+        if front.stopped:
+            self.progress.note(f"the search was stopped early: {front.stopped}; with other `--evaluations` it goes on from these scores")
         return [self.out / name for name in ("calibration.json", "baseline.json", "front.json")]
 
     def _build(self) -> list[Path]:
@@ -620,7 +651,7 @@ class Context:
         for number, (name, role, source, point) in enumerate(jobs, 1):
             folder = self.out / "engines" / name
             predicted = self.pricing(point)[1]
-            if not self._built(folder, source, point):
+            if not self.is_built_here(folder, source, point):
                 self.make(self.parts, self.sources[source], point, name, role, predicted, folder)
             if role == "candidate":
                 self._store_subnet(name, point)
@@ -716,7 +747,7 @@ class Context:
         other, moved = build.aimed(parts, point, target, backend)
         return variants.Contender(target, backend, lambda: build.lower(other, source, moved, ranges))
 
-    def _built(self, folder: Path, source: str, point: Any) -> bool:
+    def is_built_here(self, folder: Path, source: str, point: Any) -> bool:
         return self.is_built(folder, self.space, point, self.sources[source].evaluator.weights_digest, digest(self.table), self.foreign)
 
     def is_built(
@@ -765,6 +796,7 @@ class Context:
             if (e.score.evaluator_digest, e.score.weights_digest) == (source.evaluator.digest, source.evaluator.weights_digest)
             and e.candidate.space == self.space.id
         ]  # fmt: skip
+        scored.sort(key=lambda e: e.candidate.id)  # lines are in the order in which workers were done
         drawn = np.random.default_rng(self.recipe.seed).permutation(len(scored))[: self.recipe.measure.agreement]
         part = validation.take(source.evaluator.rows)
         pairs = {}
@@ -816,198 +848,27 @@ class Context:
         return found
 
     def _predicted(self, f: several.Further, pricing: Pricing, source: str, point: Candidate) -> rerank.There:
-        _, latency, size, *_ = pricing(point)
+        costs, latency, size, *_ = pricing(point)
         reference, front = load(self.out / "baseline.json", Score), load(self.out / "front.json", Front)
         known = {(e.candidate, there.target): there.score for e in front.evaluations for there in e.elsewhere if source == "supernet"}
         if point == largest(self.space) and source == "baseline":  # FP32 everywhere
             known[(point, f.target.id)] = reference
         score = known.get((point, f.target.id)) or self.sources[source].evaluator.on(f.target.id).score(point)
-        return rerank.There(f.target.id, f.label, "predicted", latency.value, size, score, reference)
+        return rerank.There(f.target.id, f.label, "predicted", latency.value, size, score, reference, costs["memory_mb"])
 
     def _measured(self, f: several.Further, name: str) -> rerank.There:
         home = self.out / DEVICES / f.file
         m, baseline = (load(home / "measurements" / f"{n}.json", Measurement) for n in (name, rerank.BASELINE))
         if m.score is None or baseline.score is None:
             raise RecordError(f"no validation score in {home / 'measurements'}: {name}", hint="remove the folder and run again")
-        size = load(home / "engines" / name / "manifest.json", EngineManifest).size_bytes
-        return rerank.There(f.target.id, f.label, m.latency.kind, m.latency.quantile(0.5), size, m.score, baseline.score)
+        manifest = load(home / "engines" / name / "manifest.json", EngineManifest)
+        memory = manifest.graph.memory_bytes / 1e6 if manifest.graph else 0.0
+        return rerank.There(
+            f.target.id, f.label, m.latency.kind, m.latency.value, manifest.size_bytes, m.score, baseline.score, memory
+        )
 
     def _report(self) -> list[Path]:
         return list(report.report(self.out))
-
-
-# ---------------------------------------------------------------------------------------------- beside a run
-
-
-def build_candidate(
-    out: Path, number: int, progress: Progress | None = None, device: str = "", backend: str = "", precision: str = network.AS_SEARCHED,
-    tune_session: bool | None = None,
-) -> Path:  # fmt: skip
-    """Build candidate `number` (from 1, cheapest first) of a finished front into `engines/front-<number>`; its folder.
-
-    `device` (NAME[:BACKEND[:THREADS]]), `backend`, `precision`: for another target than the run's, into `engines/front-<number>-<device>`,
-    say; for a further device of the search with the precisions that the candidate has there. Its device need not be here if the backend
-    can do without it; the manifest then says that the engine was not run. `tune_session`: None: as in the run.
-    """
-    wanted = targets.Named.parse(device) if device else targets.Named("")
-    device, backend = wanted.device, backend or wanted.backend
-    recipe = load(out / "recipe.json", Recipe)  # before the lock, which would make the folder
-    if tune_session is not None:
-        recipe = _tuned(recipe, tune_session)
-    with _locked(out):
-        front = load(out / "front.json", Front)
-        if not 1 <= number <= len(front.evaluations):
-            raise RecipeError(f"no such candidate: {number}", hint=f"the front of {out} has 1 to {len(front.evaluations)}")
-        e = front.evaluations[number - 1]
-        name = f"front-{number}"
-        if (device or backend) and front.also and precision == network.AS_SEARCHED:
-            text = f"{device or recipe.device}:{backend}:{wanted.threads or ''}"
-            if target := targets.find(text, (front.target, *front.also)):
-                return _build_searched(Context(recipe, out, progress or Silent(), Given()), e, target, number)
-        if device or backend or precision != network.AS_SEARCHED:
-            other = msgspec.structs.replace(
-                recipe, device=device or recipe.device, backend=backend or ("" if device else recipe.backend), also=(),
-                threads=wanted.threads or recipe.threads,
-            )  # fmt: skip
-            threads = f"t{wanted.threads}" if wanted.threads else ""
-            named = [name, other.device, backend, threads, "" if precision == network.AS_SEARCHED else precision]
-            context = Context(other, out, progress or Silent(), Given())
-            context.space = front.space
-            return _build_elsewhere(context, e, out / "engines" / "-".join(filter(None, named)), precision)
-        context = Context(recipe, out, progress or Silent(), Given())
-        return _build_searched(context, e, context.target, number)
-
-
-def _build_searched(context: Context, e: Evaluation, target: Target, number: int) -> Path:
-    """The engine of a front's candidate for one of the devices it was searched for, with its own precisions there."""
-    if targets.label(target) == targets.label(context.target):
-        folder = context.out / "engines" / f"front-{number}"
-        if not context._built(folder, "supernet", e.candidate):
-            context.make(context.parts, context.sources["supernet"], e.candidate, folder.name, "candidate", e.latency, folder)
-        return folder
-    f = next(f for f in context.further if f.label == targets.label(target))
-    if f.absent:
-        raise UnsupportedError(f"cannot build for `{f.label}`: {f.absent}", hint="build on that device, from a copy of the run folder")
-    folder = context.out / "engines" / f"front-{number}-{f.file}"
-    context.build_there(f, folder.name, "candidate", "supernet", e.candidate, folder)
-    return folder
-
-
-def export_kit(
-    recipe: Recipe, run: Path | None, out: Path, progress: Progress | None = None, *, provider: kit.Provider = "cpu", processor: str = "",
-    threads: int = 0, max_length: int = 0, labels: int = 0, seconds: float = 0.0, networks: int = profiler.NETWORKS,
-) -> kit.KitManifest:  # fmt: skip
-    """Write a kit for the recipe's model and device to `out`; `run`: a folder whose data stage says how long texts are and what labels.
-
-    Where the recipe names further devices, the kit has the operators that a search for all of them needs a table of the first for.
-    `max_length` and `labels` say so where there is no run. `threads`: 0: the device's default. `processor`: see `kit.PROCESSORS`; empty:
-    this one for the local device.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        context = Context(recipe, run or Path(scratch), progress or Silent(), Given())
-        family, config = context.family, context.config
-        if run is not None:
-            max_length = context.manifest.max_length
-        elif not max_length and any("sequence" in spec.shape for spec in family.inputs(config)):
-            raise RecipeError(f"{recipe.model} does not say how many tokens a text has", hint="--max-length N, or name a run with its data")
-        if labels:
-            config.num_labels = labels
-        target = targets.make(recipe.device, recipe.backend, family.workload(config, 1, max_length), threads)
-        form = kit.form_for(target.backend, provider, processor or ("here" if recipe.device == targets.LOCAL else "any"))
-        target = msgspec.structs.replace(target, session=kit.session(target.session, provider))
-        precisions = recipe.search.precisions if provider == "cpu" else kit.GPU_PRECISIONS
-        places = [(form, target), *((plugins.get("backends", t.backend), t) for t in targets.several(target, recipe.also)[1:])]
-        weights = models.weights_digest(context.model_folder)
-        space = spaces.of_targets(network.shared_space(family, config, places, weights, (), precisions), (0,))
-        if provider != "cpu":
-            space = network.half_space(family, config, space)
-        return kit.export(
-            family, config, space, target, form, provider, recipe.seed, out, context.progress, seconds=seconds, networks=networks
-        )
-
-
-def import_kit(results: Path, kit_place: Path | None, tables: Path | None, progress: Progress | None = None) -> tuple[Path, LatencyTable]:
-    """The table of a kit that was run, and where it is now."""
-    table = kit_import.table_of(results, kit_place, progress or Silent())
-    return latency_table.store(table, tables), table
-
-
-def check_passes(engine: Path, progress: Progress | None = None) -> tuple[PassCheck, ...]:
-    """What each pass does to a built engine's graph; the graph after each is in `engines/NAME.graphs`, beside the engine's folder."""
-    out, manifest = engine.parent.parent, load(engine / "manifest.json", EngineManifest)
-    out = out.parent.parent if out.parent.name == DEVICES else out
-    recipe = load(out / "recipe.json", Recipe)
-    with _locked(out):
-        other = msgspec.structs.replace(recipe, device=manifest.target.device, backend=manifest.target.backend, also=())
-        context = Context(other, out, progress or Silent(), Given())
-        if manifest.space is None or manifest.candidate is None:
-            raise RecordError(f"the engine does not say what it was built from: {engine}", hint="build it again")
-        context.target, context.space = manifest.target, manifest.space
-        source = context.sources["supernet" if manifest.role == "candidate" else "baseline"]
-        source = replace(source, evaluator=source.evaluator.on(manifest.target.id))
-        return build.check_passes(context.parts, source, manifest.candidate, engine.with_name(f"{engine.name}.graphs"))
-
-
-def environment_there(target: Target) -> Environment:
-    """What the device of a target is now that is reached over ssh."""
-    return RemoteDevice(target).environment
-
-
-def canary(table: LatencyTable, model: str = "", run: Path | None = None, progress: Progress | None = None) -> float:
-    """Median of now / table over a few operators of a model, or of a run's; TableError if the device is not as fast as it was.
-
-    Nothing is written into the run folder.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        recipe = load(run / "recipe.json", Recipe) if run else Recipe(model=model)
-        recipe = msgspec.structs.replace(recipe, device=table.target.device, also=())
-        context = Context(recipe, run or Path(scratch), Silent(), Given())
-        context.target = table.target
-        space, work = context.space_of(context.config, ()), Path(scratch) / "canary"
-        if context.transport:
-            return RemoteDevice(table.target, progress).canary(table, context.family, context.config, space, work, recipe.seed)
-        return profiler.canary(table, context.family, context.config, space, context.backend, context.device, work, recipe.seed)
-
-
-def _build_elsewhere(context: Context, searched: Evaluation, folder: Path, precision: str) -> Path:
-    """The engine of a candidate for the context's target, which is not the one it was searched for; nothing predicts its latency."""
-    unrun = _unrun(context.target, context.backend)
-    if unrun and context.recipe.backend == targets.AUTO:
-        raise UnsupportedError(f"what cannot run here cannot be chosen by measuring: {unrun}", hint="name a --backend")
-    if unrun:  # nor can its session be tuned
-        context.recipe = _tuned(context.recipe, False)
-    context.space, point = network.retarget(
-        context.family, context.config, context.space, searched.candidate, context.backend, context.target, precision
-    )
-    evaluator = context.evaluator(context.out / "supernet", context.method)
-    score = evaluator.score(point)
-    context.progress.note(
-        f"{context.metric} of the emulated network on validation: {score.value:.2f}, {searched.score.value:.2f} as it was searched"
-    )
-    if context.is_built(folder, context.space, point, evaluator.weights_digest, ""):
-        m = load(folder / "manifest.json", EngineManifest)
-        versions = (*plugins.get("backends", m.target.backend).versions(), ("nascompile", nascompile.__version__))
-        if (m.versions, m.executed) == (versions, not unrun):
-            return folder
-    remarks = (f"built, not run: {unrun}", context.backend.unrun_remark) if unrun else ()
-    parts = replace(context.parts, table_digest="", foreign=(), unrun=remarks)
-    context.make(parts, build.Source(evaluator.net, evaluator), point, folder.name, "candidate", None, folder)
-    for remark in remarks:
-        context.progress.note(remark)
-    return folder
-
-
-def _unrun(target: Target, backend: Any) -> str:
-    """Why an engine for the target can be built here but not run; empty if it can be run. UnsupportedError if it cannot be built."""
-    reason, unrun = "", ""
-    if isinstance(backend, CrossCompiler):
-        reason, unrun = backend.unbuildable(target), backend.unrunnable(target)
-    else:
-        targets.device(target.device)
-        reason = backend.unavailable()
-    if reason:
-        raise UnsupportedError(f"cannot build for `{target.device}` with {target.backend}: {reason}")
-    return unrun
 
 
 def plan(recipe: Recipe, out: Path) -> list[dict[str, Any]]:
@@ -1041,7 +902,7 @@ def plan(recipe: Recipe, out: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _tuned(recipe: Recipe, yes: bool) -> Recipe:
+def tuned(recipe: Recipe, yes: bool) -> Recipe:
     return msgspec.structs.replace(recipe, measure=msgspec.structs.replace(recipe.measure, tune_session=yes))
 
 
@@ -1052,9 +913,9 @@ def _compared_as(recipe: Recipe) -> str:
     return f"; each {', '.join(said)}" if said else ""
 
 
-def _without(settings: Record, name: str) -> dict[str, Any]:
-    """A record's fields but one, which is written down with another stage."""
-    return {key: value for key, value in msgspec.structs.asdict(settings).items() if key != name}
+def _without(settings: Record, *names: str) -> dict[str, Any]:
+    """A record's fields but some, which are written down with another stage or decide nothing."""
+    return {key: value for key, value in msgspec.structs.asdict(settings).items() if key not in names}
 
 
 def _shareable(config: Any) -> dict[str, Any]:
@@ -1069,7 +930,7 @@ def _weights_megabytes(recipe: Recipe) -> float | None:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -1129,8 +990,15 @@ def _keep_recipe(recipe: Recipe, out: Path) -> None:
 
 def _differences(before: Recipe, now: Recipe, names: tuple[str, ...]) -> str:
     """One line per setting that is not what it was."""
-    pairs = [(name, getattr(before, name), getattr(now, name)) for name in names]
+    pairs = [(name, *(_deciding(recipe, name) for recipe in (before, now))) for name in names]
     return "\n".join(f"{name}: {old} there, {new} asked for" for name, old, new in pairs if old != new)
+
+
+def _deciding(recipe: Recipe, name: str) -> Any:
+    """A setting, without what has no influence on any result."""
+    if name != "search":
+        return getattr(recipe, name)
+    return msgspec.structs.replace(recipe.search, **{idle: getattr(SearchSettings(), idle) for idle in IDLE})
 
 
 def _test_was_read(out: Path) -> bool:

@@ -214,6 +214,8 @@ class Node(Record, frozen=True):
     """Bytes of the block's stored weights at its precision, scales included."""
     macs: int = 0
     """Multiply-accumulates for one call at the workload, of all tokens: as the field counts them, whatever the graph leaves out."""
+    activation_bytes: int = 0
+    """Bytes of activations that are alive at once while it executes, at most."""
 
 
 class Edge(Record, frozen=True):
@@ -231,6 +233,11 @@ class OperatorGraph(Record, frozen=True):
 
     nodes: tuple[Node, ...]
     edges: tuple[Edge, ...] = ()
+
+    @property
+    def memory_bytes(self) -> int:
+        """What a call needs at most: all weights as stored, and the activations of the block that has most. Counted, not measured."""
+        return sum(node.size_bytes for node in self.nodes) + max((node.activation_bytes for node in self.nodes), default=0)
 
 
 class Gene(Record, frozen=True):
@@ -286,7 +293,7 @@ class Candidate(Record, frozen=True):
 
 
 class Budget(Record, frozen=True):
-    """A bound on a cost. Metrics: latency_ms, size_mb, macs_m, drop (points of the metric, against the baseline)."""
+    """A bound on a cost. Metrics: latency_ms, size_mb, macs_m, memory_mb, drop (points of the metric, against the baseline)."""
 
     metric: str
     bound: float
@@ -342,7 +349,7 @@ class LatencyTable(Record, frozen=True):
     """Operators of one space timed on one target. Never edited: a correction of measured engines is another record.
 
     predicted = scale · (call + Σ (factor · (row + its reach at the network's bytes)) + what the correction says of changes and bytes);
-    measured lies in predicted · (1 ± relative_error) nine times in ten.
+    measured lies within hypot(relative_error · predicted, absolute_error_ms) of that nine times in ten.
     """
 
     target: Target
@@ -357,7 +364,9 @@ class LatencyTable(Record, frozen=True):
     scale: float = 1.0
     correction: TableCorrection | None = None
     relative_error: float = 0.0
-    """Half width of the 90 % interval, as a fraction, from the validation networks."""
+    """Half width of the 90 % interval of long calls, as a fraction, from the validation networks."""
+    absolute_error_ms: float = 0.0
+    """Half width of that of very short calls: what no fraction of them accounts for."""
     drift: float = 0.0
     """Largest relative change of the reference kernel between the windows in which the table was filled."""
     seconds: float = 0.0
@@ -392,6 +401,8 @@ class Evaluation(Record, frozen=True, omit_defaults=True):
     size_bytes: int
     parameters: int
     macs: int
+    memory_bytes: int = 0
+    """Of a call: stored weights and the activations that are alive at once, counted; 0 in a journal of before it was."""
     seconds: float = 0.0
     foreign: Differences = ()
     """What differs where `latency` was predicted by a table of another environment."""
@@ -419,6 +430,58 @@ class Front(Record, frozen=True, omit_defaults=True):
     """Further targets of the same search."""
     absent: tuple[tuple[str, str], ...] = ()
     """(target id, why) of those whose engines cannot run here: their latencies are predictions of a stored table."""
+    stopped: str = ""
+    """Why the search ended before its evaluations were used up; empty: it did not, or has seen the whole space."""
+
+
+class GeneImportance(Record, frozen=True):
+    """How much a gene matters among the scored candidates: root mean square of what changes where its values are shuffled."""
+
+    gene: str
+    """As a position of the genome: the precision genes of a further target end in its number."""
+    points: float
+    """Of the metric, as the model of accuracy errs more."""
+    ms: tuple[float, ...]
+    """Per target, as the latency table says."""
+
+
+class Thinning(Record, frozen=True):
+    """A layer at its thinnest, the rest as it is in the base; or fewer layers."""
+
+    layer: int
+    """From 0; -1 where layers are left out."""
+    change: str
+    points: float
+    """Of the metric lost."""
+    spread: float | None
+    """Standard deviation of that over the models; None where it was scored."""
+    ms: tuple[float, ...]
+    """Saved per target, as the latency table says."""
+    kind: Literal["predicted", "scored"]
+    """Where `points` come from."""
+
+
+class Explanation(Record, frozen=True):
+    """What the scored candidates of a search say of its genes and layers."""
+
+    front_digest: str
+    """Of the front it is about."""
+    metric: str
+    model: str
+    """Of accuracy from genes; the one that predicts best."""
+    r2: float
+    """Of that model, on candidates it was not fitted to."""
+    others: tuple[tuple[str, float], ...]
+    """(model, its R²) of those that predict worse."""
+    trust: str
+    """What the R² means."""
+    scored: int
+    targets: tuple[str, ...]
+    """As a person writes them, the first one first."""
+    base: Candidate
+    """Whose layers are thinned."""
+    genes: tuple[GeneImportance, ...]
+    layers: tuple[Thinning, ...]
 
 
 class Variant(Record, frozen=True):

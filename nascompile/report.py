@@ -11,7 +11,8 @@ Keys of `report.json`; a section whose records are not there has their names in 
   agreement     emulated against engine score of random candidates
   operators     the table's latency of every block of the baseline, the uniform and the chosen engine
   architecture  every block of the full network: kept share, precision, size
-  search        searcher, seed, hypervolume over scored candidates
+  search        searcher, seed, hypervolume over scored candidates, why it was stopped early if it was
+  explain       of `search --explain`: what each gene matters, what thinning each layer costs and saves; else not there
   data          splits (samples, classes, what was left out), labels, settings
   subject       model, task, metric and device of the recipe
   statistic     which quantile of the latencies is compared with predictions
@@ -36,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from nascompile import fronts, journal, latency_table, variants
+from nascompile import fronts, latency_table, variants
 from nascompile.errors import RecordError
 from nascompile.records import (
     Budget,
@@ -46,6 +47,7 @@ from nascompile.records import (
     Differences,
     EngineManifest,
     Evaluation,
+    Explanation,
     ForeignUse,
     Front,
     LatencyTable,
@@ -57,6 +59,7 @@ from nascompile.records import (
     Target,
     TestResult,
     Variant,
+    digest,
     load,
     write_atomic,
 )
@@ -108,12 +111,14 @@ def closing_table(run: Path) -> Table:
     caption = "\n".join(filter(None, (_caption(records.foreign), _time_model(records)))) or None
     table = Table(title=f"{run.name}: engines, relative to the baseline", title_justify="left", caption=caption)
     table.add_column("engine")
-    for name in ("predicted ms", f"{_observed(records)} p50 ms", "samples/s", "speed-up", "size MB", "validation", "test"):
+    latency = f"{_observed(records)} {_statistic(engines)}".strip() + " ms"
+    for name in ("predicted ms", latency, "p50 ms", "samples/s", "speed-up", "size MB", "validation", "test"):
         table.add_column(name, justify="right")
     for e in engines:
         table.add_row(
-            f"{e['title']}", _interval(e["predicted"]), _latency(e["measured"]), _rate(e["throughput"]), _times(e["speedup"]),
-            number(e["size_bytes"] / 1e6), _score(e["validation"]), _score(e["test"]), style="bold" if e["chosen"] else "",
+            f"{e['title']}", _interval(e["predicted"]), _latency(e["measured"]), _latency(e["measured"], "p50"), _rate(e["throughput"]),
+            _times(e["speedup"]), number(e["size_bytes"] / 1e6), _score(e["validation"]), _score(e["test"]),
+            style="bold" if e["chosen"] else "",
         )  # fmt: skip
     return table
 
@@ -154,11 +159,12 @@ def gather(run: Path) -> Json:
     devices = _devices(records)
     return {
         **({"devices": devices} if devices else {}),
+        **({"explain": _explain(records.explanation)} if records.explanation else {}),
         "summary": _summary(records, engines),
         "name": _name(records),
         "note": str(records.recipe.get("note", "")),
         "observed": _observed(records), "time_model": _time_model(records),
-        "statistic": next((e["measured"]["statistic"] for e in engines if e["measured"]), ""),
+        "statistic": _statistic(engines),
         "subject": {key: records.recipe.get(key) for key in ("model", "task", "metric", "device") if records.recipe.get(key)},
         "headline": _headline(records, engines),
         "foreign": _foreign(records.foreign),
@@ -200,6 +206,8 @@ class RunRecords:
     foreign: Differences
     """What differs where predictions are those of a table of another environment."""
     front: Front | None
+    explanation: Explanation | None
+    """Of this front; one of an earlier front is not shown."""
     correction: Correction | None
     choice: Choice | None
     test: TestResult | None
@@ -231,15 +239,21 @@ def read(run: Path) -> RunRecords:
         table=_optional(run / "table.json", LatencyTable),
         foreign=use.differences if use else front.foreign if front else (),
         front=front,
+        explanation=_explanation(run / "explain.json", front),
         correction=_optional(run / "correction.json", Correction),
         choice=_optional(run / "choice.json", Choice),
         test=_optional(run / "test.json", TestResult),
         engines=tuple(load(path, EngineManifest) for path in sorted(run.glob("engines/*/manifest.json"))),
         measurements={m.engine: m for m in (load(path, Measurement) for path in sorted(run.glob("measurements/*.json")))},
         stages=tuple(load(path, StageDone) for path in sorted(run.glob("stages/*.json"))),
-        scored=_scored(run / "journal.jsonl", front),
+        scored=fronts.scored(run / "journal.jsonl", front),
         further={found.table.target.id: found for found in map(_further, sorted(run.glob("tables/*.json")))},
     )
+
+
+def _explanation(path: Path, front: Front | None) -> Explanation | None:
+    found = _optional(path, Explanation)
+    return found if found and front and found.front_digest == digest(front) else None
 
 
 def _further(path: Path) -> Further:
@@ -266,18 +280,6 @@ def _plain(path: Path) -> Json:
     if not isinstance(body, dict):
         raise RecordError(f"{path} is not a JSON object: {type(body).__name__}", hint="remove it; the stage will write it again")
     return dict(body["data"]) if "record" in body else body
-
-
-def _scored(path: Path, front: Front | None) -> tuple[Evaluation, ...]:
-    """Candidates scored as the front's were (same space, weights, data and evaluator), each once."""
-    if front is None or not front.evaluations:
-        return ()
-    wanted = _comparable(front.evaluations[0])
-    return tuple({e.candidate: e for e in journal.read(path, Evaluation) if _comparable(e) == wanted}.values())
-
-
-def _comparable(e: Evaluation) -> tuple[str, ...]:
-    return e.candidate.space, e.score.split_digest, e.score.weights_digest, e.score.evaluator_digest
 
 
 def _absent(*names: str) -> list[str]:
@@ -361,7 +363,7 @@ def _variant(v: Variant) -> Json:
     """One way that was tried; `setting` is empty where it is a backend as it comes."""
     return {
         "backend": v.backend, "setting": v.setting, "session": dict(v.session), "kept": v.kept, "reason": v.reason,
-        "p50_ms": v.latency.quantile(0.5) if v.latency else None, "n": v.latency.n if v.latency else 0,
+        "latency_ms": v.latency.value if v.latency else None, "n": v.latency.n if v.latency else 0,
         "kind": v.latency.kind if v.latency else "", "ratio": msgspec.to_builtins(v.ratio) if v.ratio else None,
     }  # fmt: skip
 
@@ -424,7 +426,8 @@ def _summary(records: RunRecords, engines: list[Json]) -> Json:
         score = e["test"] or e["validation"] or {}
         found = {
             "accuracy": score.get("value"), "accuracy_split": "test" if e["test"] else "validation" if e["validation"] else None,
-            "p50_ms": (e["measured"] or {}).get("p50"), "throughput": (e["throughput"] or {}).get("value"), "size_bytes": e["size_bytes"],
+            "latency_ms": (e["measured"] or {}).get("value"), "p50_ms": (e["measured"] or {}).get("p50"),
+            "throughput": (e["throughput"] or {}).get("value"), "size_bytes": e["size_bytes"],
         }  # fmt: skip
         if role == "chosen":
             found |= {"predicted_ms": (e["predicted"] or {}).get("value"), "candidate": e["candidate"]}
@@ -434,6 +437,7 @@ def _summary(records: RunRecords, engines: list[Json]) -> Json:
     task = {
         "name": _name(records), "baseline": numbers("baseline"), "uniform_int8": numbers("uniform"), "chosen": numbers("chosen"),
         "seconds": {s["stage"]: s["seconds"] for s in _stages(records)},
+        **({"stopped": records.front.stopped} if records.front and records.front.stopped else {}),
     }  # fmt: skip
     environment = _environment(records)
     devices = _devices(records)
@@ -558,8 +562,8 @@ def _chosen_there(records: RunRecords, target: Target, number: int, shared: Eval
     measurements = (further.measurements if further else {}) if number else records.measurements
     if m := measurements.get(records.choice.engine):
         score = _score_facts(m.score) if m.score else None
-        latency = {"latency_ms": m.latency.quantile(0.5), "low": None, "high": None}
-        return {"kind": m.latency.kind, "statistic": "p50", **latency, "score": score}
+        latency = {"latency_ms": m.latency.value, "low": None, "high": None}
+        return {"kind": m.latency.kind, "statistic": _quantity(m.latency)["statistic"], **latency, "score": score}
     if shared is None:
         return None
     there = fronts.seen((shared,), number)[0]
@@ -576,7 +580,7 @@ def _point(e: Evaluation) -> Json:
     return {
         "id": e.candidate.id, "latency_ms": e.latency.value, "low_ms": e.latency.low, "high_ms": e.latency.high, "level": e.latency.level,
         "score": e.score.value, "stderr": e.score.stderr, "n": e.score.n, "size_bytes": e.size_bytes, "parameters": e.parameters,
-        "macs": e.macs, "text": _describe(e.candidate),
+        "macs": e.macs, "memory_bytes": e.memory_bytes or None, "text": _describe(e.candidate),
     }  # fmt: skip
 
 
@@ -595,7 +599,7 @@ def _prediction(records: RunRecords, engines: list[Json]) -> Json:
             rows.append(_residual(title, predicted, measured, low, high) | which)
     networks, table = [], records.table
     for r in table.validation if table else ():
-        half = r.predicted_ms * table.relative_error if table else 0.0
+        half = latency_table.half_width(table, r.predicted_ms) if table else 0.0
         networks.append(_residual(r.candidate.id, r.predicted_ms, _ms(r.measured), r.predicted_ms - half, r.predicted_ms + half))
     missing = [] if table else _absent("table.json")
     missing += [] if rows else _absent("engines", "measurements")
@@ -717,7 +721,22 @@ def _search(records: RunRecords) -> Json:
     return {
         "missing": [] if front.hypervolume else ["hypervolume in front.json"], "searcher": front.searcher, "seed": front.seed,
         "scored": front.scored, "seconds": front.seconds, "objectives": _objectives(front), "found": len(front.evaluations),
-        "budgets": _budgets(records, front.budgets), "hypervolume": [list(pair) for pair in front.hypervolume],
+        "budgets": _budgets(records, front.budgets), "hypervolume": [list(pair) for pair in front.hypervolume], "stopped": front.stopped,
+    }  # fmt: skip
+
+
+def _explain(found: Explanation) -> Json:
+    """Genes by what accuracy varies with them, layers in their order, then fewer layers."""
+    names = [f" on {name}" for name in found.targets] if len(found.targets) > 1 else [""]
+    genes = sorted(found.genes, key=lambda g: (-g.points, -math.fsum(g.ms), g.gene))
+    layers = sorted(found.layers, key=lambda t: (t.layer < 0, t.layer, -math.fsum(t.ms)))
+    return {
+        "metric": found.metric, "model": found.model, "r2": found.r2, "others": [list(pair) for pair in found.others],
+        "trust": found.trust, "scored": found.scored, "targets": names, "base": _candidate(found.base),
+        "genes": msgspec.to_builtins(genes),
+        "layers": [
+            msgspec.to_builtins(t) | {"title": f"Layer {t.layer + 1}" if t.layer >= 0 else "Fewer layers"} for t in layers
+        ],
     }  # fmt: skip
 
 
@@ -781,6 +800,11 @@ def _stages(records: RunRecords) -> list[Json]:
     order = {stage: place for place, stage in enumerate(STAGES)}
     done = sorted(records.stages, key=lambda s: (order.get(s.stage, len(order)), s.stage))
     return [{"stage": s.stage, "seconds": s.seconds} for s in done]
+
+
+def _statistic(engines: list[Json]) -> str:
+    """Which quantile the engines' latencies are, and predictions of them."""
+    return next((str(e["measured"]["statistic"]) for e in engines if e["measured"]), "")
 
 
 def _ms(q: Quantity) -> float:
@@ -859,8 +883,8 @@ def _interval(predicted: Json | None) -> str:
     return f"{number(predicted['value'])} [{number(predicted['low'])}, {number(predicted['high'])}]" if predicted else "–"
 
 
-def _latency(measured: Json | None) -> str:
-    return number(measured.get("p50", measured["value"])) if measured else "–"
+def _latency(measured: Json | None, name: str = "value") -> str:
+    return number(measured[name]) if measured and name in measured else "–"
 
 
 def _rate(throughput: Json | None) -> str:
