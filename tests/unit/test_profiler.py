@@ -81,7 +81,6 @@ class Device:
     """Adds the call to whatever it is given; `pace` slows it, `times` counts what was timed."""
 
     name = "cpu"
-
     deterministic = False
 
     def __init__(self, pace=lambda window: 1.0, noise=lambda name, window: 0.0, machine="A"):
