@@ -122,7 +122,7 @@ def _fill(work: Path, parts: Parts, backend: Backend) -> EngineManifest:
     blocks = parts.graph.nodes if parts.graph else ()
     manifest = EngineManifest(
         name=parts.name, role=parts.role, target=parts.target, graphs=graphs, outputs=parts.outputs, labels=parts.labels, task=parts.task,
-        files=tuple((path.name, records.file_digest(path)) for path in sorted(work.iterdir())),
+        files=tuple((p.relative_to(work).as_posix(), records.file_digest(p)) for p in sorted(work.rglob("*")) if p.is_file()),
         inputs=tuple((spec.name, spec.dtype, spec.shape) for spec in parts.inputs),
         candidate=parts.candidate, space=parts.space, graph=parts.graph, predicted=parts.predicted,
         precision_counts=tuple(sorted(Counter(node.operator.precision.name for node in blocks).items())),

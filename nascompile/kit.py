@@ -303,6 +303,7 @@ class _Rehearsal:
     """A device that times nothing and notes what is to be timed. It finds everything noisy, so that it is asked to time it again."""
 
     name = "rehearsal"
+    deterministic = False
     windows: list[KitWindow] = field(default_factory=list)
 
     def environment(self, target: Target, versions: tuple[tuple[str, Any], ...]) -> Environment:

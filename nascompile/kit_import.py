@@ -311,6 +311,7 @@ class _Recorded:
     next: int = 0
     again: dict[str, KitTiming] = field(default_factory=dict)
     name = "recorded"
+    deterministic = False
 
     @property
     def left(self) -> int:

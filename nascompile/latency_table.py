@@ -201,6 +201,11 @@ def lowering_digest() -> str:
     return sha.hexdigest()[:16]
 
 
+def time_model(environment: Environment) -> str:
+    """By what model milliseconds follow from counts; empty where they are measured."""
+    return str(dict(environment.must_match).get("modelled", ""))
+
+
 def differences(a: Environment, b: Environment) -> tuple[tuple[str, Any, Any], ...]:
     """(field, value in a, value in b) for every field that must match and does not; an absent field is None."""
     left, right = dict(a.must_match), dict(b.must_match)

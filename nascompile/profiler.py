@@ -218,7 +218,8 @@ def fill(
         anchors = Anchors(bench, wanted, known, Path(scratch))
         references = _time_rows(bench, device, wanted, known, anchors, part, Path(scratch), ROW_SECONDS * share, progress)
         rows = tuple(known[o] for o in dict.fromkeys((*(r.operator for r in _rows_of(existing) if r.operator != CALL), *wanted)))
-        rows = _reaching(bench, device, rows, known[CALL].latency.value, Path(scratch), ROW_SECONDS * share, progress)
+        if not device.deterministic:  # what counts the same in any network has no reach
+            rows = _reaching(bench, device, rows, known[CALL].latency.value, Path(scratch), ROW_SECONDS * share, progress)
         table = LatencyTable(target=target, environment=environment, rows=rows, call=known[CALL].latency)
         table, beside = _validate(bench, device, table, networks, anchors, Path(scratch), NETWORK_SECONDS * share, progress)
     spent = time.perf_counter() - began + (existing.seconds if existing else 0.0)

@@ -16,6 +16,7 @@ Keys of `report.json`; a section whose records are not there has their names in 
   data          splits (samples, classes, what was left out), labels, settings
   subject       model, task, metric and device of the recipe
   statistic     which quantile of the latencies is compared with predictions
+  time_model    a sentence that says by what model milliseconds follow from counts; empty where they are measured
   observed      what latencies of engines are: measured, or simulated or modelled on a device that is
   environment   what must match for numbers to compare, and what is only recorded
   reproduce     recipe and commands
@@ -107,7 +108,8 @@ def closing_table(run: Path) -> Table:
 
     records = read(run)
     engines = _engines(records)
-    table = Table(title=f"{run.name}: engines, relative to the baseline", title_justify="left", caption=_caption(records.foreign))
+    caption = "\n".join(filter(None, (_caption(records.foreign), _time_model(records)))) or None
+    table = Table(title=f"{run.name}: engines, relative to the baseline", title_justify="left", caption=caption)
     table.add_column("engine")
     latency = f"{_observed(records)} {_statistic(engines)}".strip() + " ms"
     for name in ("predicted ms", latency, "p50 ms", "samples/s", "speed-up", "size MB", "validation", "test"):
@@ -161,7 +163,7 @@ def gather(run: Path) -> Json:
         "summary": _summary(records, engines),
         "name": _name(records),
         "note": str(records.recipe.get("note", "")),
-        "observed": _observed(records),
+        "observed": _observed(records), "time_model": _time_model(records),
         "statistic": _statistic(engines),
         "subject": {key: records.recipe.get(key) for key in ("model", "task", "metric", "device") if records.recipe.get(key)},
         "headline": _headline(records, engines),
@@ -298,6 +300,13 @@ def _name(records: RunRecords) -> str:
 def _observed(records: RunRecords) -> str:
     """The word for what running the engines showed; no number of a simulator is called measured."""
     return " or ".join(sorted({m.latency.kind for m in records.measurements.values()})) or "measured"
+
+
+def _time_model(records: RunRecords) -> str:
+    """A sentence for every place with milliseconds that nobody measured; empty where they were."""
+    found = [m.environment for m in records.measurements.values()] + ([records.table.environment] if records.table else [])
+    model = next(filter(None, map(latency_table.time_model, found)), "")
+    return f"Milliseconds are modelled, not measured: {model}." if model else ""
 
 
 def _engines(records: RunRecords) -> list[Json]:

@@ -81,6 +81,7 @@ def _kind_table(kind: str, rows: Sequence[TableRow], whole: float) -> Table:
     same = " ".join(f"{name}={sizes[0][name]}" for name in names if name not in varying)
     noisy = sum(row.noisy for row in rows)
     title = f"{kind}: {len(rows)} {'row' if len(rows) == 1 else 'rows'}, {noisy} noisy" + f"; {same}" * bool(same)
+    title += "".join(f"; {word}, not measured" for word in sorted({row.latency.kind for row in rows} - {"measured"}))
     found = _table(title)
     for name in varying:
         found.add_column(_escaped(name), justify="right")

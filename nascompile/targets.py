@@ -38,6 +38,11 @@ class DeviceProfile(Record, frozen=True):
     """0 where memory is no limit."""
     flash_bytes: int = 0
     clock_mhz: float = 0.0
+    core: str = ""
+    """Of a microcontroller, such as cortex-m7; session settings of what is built for it, as are the next two and the clock."""
+    ram: tuple[str, ...] = ()
+    """`ADDRESS:BYTES` of its memories, `ram_bytes` in all: the first for tensors, the last for stack and variables; often one is both."""
+    flash: str = ""
     compute_capability: str = ""
     """Of an NVIDIA GPU, such as 8.9; a session setting of what is built for it."""
     description: str = ""
@@ -152,9 +157,22 @@ def make(
     if threads < 0:
         raise RecipeError(f"threads must be at least 1: {threads}", hint="leave it out for the device's default")
     own = {"compute_capability": profile.compute_capability} if profile.compute_capability else {}
+    own |= _board(device, profile) if profile.core else {}
     settings = dict(plugins.get("backends", chosen).session()) | own | profile.session | dict(session or {})
     ordered = tuple(sorted(settings.items()))
     return Target(device=device, backend=chosen, workload=workload, threads=threads or profile.threads, session=ordered)
+
+
+def _board(device: str, profile: DeviceProfile) -> dict[str, str]:
+    """Session settings of a microcontroller; RecipeError where the profile contradicts itself."""
+    sizes = [text.rpartition(":")[2] for text in (*profile.ram, profile.flash)]
+    if not all(size.isdecimal() for size in sizes) or not profile.ram:
+        raise RecipeError(f"the memory of `{device}` cannot be read", hint='ram = ["0x20000000:327680"], flash = "0x08000000:1048576"')
+    ram, flash = sum(map(int, sizes[:-1])), int(sizes[-1])
+    if (ram, flash) != (profile.ram_bytes, profile.flash_bytes):
+        said = f"ram_bytes {profile.ram_bytes}, flash_bytes {profile.flash_bytes}"
+        raise RecipeError(f"the profile of `{device}` contradicts itself: {said}, but its memories have {ram} and {flash}")
+    return {"core": profile.core, "clock_mhz": f"{profile.clock_mhz:g}", "ram": ",".join(profile.ram), "flash": profile.flash}
 
 
 def runnable(device: str, profiles: Path | None = None) -> tuple[str, ...]:

@@ -19,6 +19,15 @@ os.environ.update(
 )
 
 
+@pytest.fixture(scope="session")
+def mcu_tools():
+    """Cross-compiler, QEMU, host compiler and make: without them the test fails in CI and is skipped elsewhere, saying what to install."""
+    from nascompile.backends import mcu_c
+
+    if reason := mcu_c.PLUGIN.unavailable():
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """gpu(capability=(8, 9), …): from then on there is a GPU of that kind, TensorRT and TensorRT-RTX, none of them real."""

@@ -24,7 +24,7 @@ import nascompile
 
 package, checkout = Path(nascompile.__file__).parent, Path(sys.argv[2]) / "nascompile"
 assert package.is_relative_to(Path(sys.argv[1]).resolve()), package
-for kind in ("demo", "latency_tables"):
+for kind in ("demo", "latency_tables", "mcu/kernels", "mcu/firmware"):
     data = {p.relative_to(checkout): p.stat().st_size for p in (checkout / kind).rglob("*") if p.is_file()}
     there = {p.relative_to(package): p.stat().st_size for p in (package / kind).rglob("*") if p.is_file()}
     assert data == there, (kind, data.keys() ^ there.keys())

@@ -17,8 +17,8 @@ class Runner(Protocol):
 
 class Backend(Protocol):
     name: str
-    accepts: Literal["onnx", "torch", "hf_folder"]
-    """The form that lowering hands over."""
+    accepts: Literal["onnx", "torch", "hf_folder", "program"]
+    """The form that lowering hands over; `program` is `nascompile.mcu.program.Program`."""
     width_multiple: int
     """Sliced widths are multiples of this."""
     passes: tuple[str, ...]

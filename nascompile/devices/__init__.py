@@ -20,6 +20,8 @@ class Job:
 
 class Device(Protocol):
     name: str
+    deterministic: bool
+    """Whether the same call always costs the same: then nothing is repeated and no noise is looked for."""
 
     def unavailable(self) -> str:
         """Why nothing can run here; empty if it can."""

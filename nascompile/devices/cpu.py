@@ -34,6 +34,7 @@ ISA = {
 
 class Cpu:
     name = "cpu"
+    deterministic = False
 
     def unavailable(self) -> str:
         """Always here."""

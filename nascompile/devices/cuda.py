@@ -25,6 +25,7 @@ class Cuda(Cpu):
     """Times and counts as `Cpu` does."""
 
     name = "cuda"
+    deterministic = False
 
     def unavailable(self) -> str:
         """Needs a driver that shows a GPU."""

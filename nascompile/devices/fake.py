@@ -19,6 +19,7 @@ NOISE = 0.01
 
 class Fake:
     name = "fake"
+    deterministic = False
 
     def unavailable(self) -> str:
         """Always here."""

@@ -66,7 +66,7 @@ def interleave(
             gc.enable()
 
 
-def quantity(samples: Sequence[float], kind: Literal["measured", "simulated"]) -> Quantity:
+def quantity(samples: Sequence[float], kind: Literal["measured", "simulated", "modelled"]) -> Quantity:
     """Samples in seconds ▸ ms with quantiles; the value is the lower quartile."""
     levels = np.quantile(np.asarray(samples) * 1e3, LEVELS)
     quantiles = tuple((level, float(value)) for level, value in zip(LEVELS, levels, strict=True))

@@ -9,7 +9,7 @@ import pytest
 from nascompile import lowering, network, plugins, space as spaces
 from nascompile.errors import DataError, NascompileError
 from nascompile.families.toy import ToyConfig
-from nascompile.records import FLOAT32, Precision, Target, TensorFormat
+from nascompile.records import FLOAT32, INT8, Precision, Target, TensorFormat
 
 
 @pytest.fixture(params=plugins.names("backends"))
@@ -42,7 +42,7 @@ def built(backend, tmp_path):
 
 def test_describes_itself(backend):
     assert plugins.get("backends", backend.name) is backend
-    assert backend.accepts in ("onnx", "torch", "hf_folder")
+    assert backend.accepts in ("onnx", "torch", "hf_folder", "program")
     assert backend.width_multiple > 0
     assert set(backend.passes) <= set(plugins.names("passes"))
     assert list(backend.session()) == sorted(backend.session())
@@ -62,8 +62,8 @@ def test_every_declared_setting_and_value_is_one_that_loads(built, backend):
         assert backend.load(folder, graphs, silent).run(feed)
 
 
-def test_supports_float_and_gives_a_reason_for_what_it_does_not(backend):
-    assert backend.supports(FLOAT32) == ""
+def test_supports_what_it_is_for_and_gives_a_reason_for_what_it_does_not(backend):
+    assert backend.supports(INT8 if backend.accepts == "program" else FLOAT32) == ""
     odd = Precision(name="int3", weights=TensorFormat(kind="int", bits=3, granularity="group", group_size=7))
     assert backend.supports(odd)
 

@@ -18,7 +18,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "records": ("records",),
     "plain": (
         "cuda_driver", "plugins", "space", "pareto", "latency_table", "table_check", "table_fit", "table_view", "journal", "progress",
-        "places", "processes",
+        "places", "processes", "mcu",
     ),
     "samples": ("preprocess", "data_sources", "data"),
     "plug-ins": plugins.FOLDERS,

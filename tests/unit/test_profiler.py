@@ -81,6 +81,7 @@ class Device:
     """Adds the call to whatever it is given; `pace` slows it, `times` counts what was timed."""
 
     name = "cpu"
+    deterministic = False
 
     def __init__(self, pace=lambda window: 1.0, noise=lambda name, window: 0.0, machine="A"):
         self.pace, self.noise, self.machine = pace, noise, machine
@@ -355,6 +356,14 @@ def test_rows_say_what_they_cost_in_networks_of_other_sizes(space, tmp_path, mon
             assert late > 0, "its stack weighs what the largest network does"
         if row.operator.kind == "head":
             assert (row.footprint, row.reach) == (0, ())
+
+
+def test_on_a_device_that_counts_no_row_depends_on_the_network(space, tmp_path):
+    timed, counted = Device(), Device()
+    counted.deterministic = True
+    assert any(row.reach for row in profile(space, tmp_path / "timed", timed).rows)
+    assert all(row.reach == () for row in profile(space, tmp_path / "counted", counted).rows)
+    assert counted.windows < timed.windows
 
 
 def test_networks_of_every_precision_are_picked(space, tmp_path):

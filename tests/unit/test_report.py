@@ -178,6 +178,21 @@ def test_simulated_latency_is_never_called_measured(run: Path) -> None:
     assert text.count("simulated") >= 8
 
 
+def test_modelled_milliseconds_say_by_what_model(run: Path) -> None:
+    sentence = "Milliseconds are modelled, not measured: two cycles per instruction."
+    assert all(sentence not in path.read_text() for path in report(run))
+    for path in (run / "measurements").glob("*.json"):
+        edit(path, lambda body: body["latency"].update(kind="modelled"))
+        edit(path, lambda body: body["environment"]["must_match"].append(["modelled", "two cycles per instruction"]))
+    html, markdown, facts = (path.read_text() for path in report(run))
+    assert sentence in own_html(html)
+    assert sentence in markdown
+    assert sentence in facts
+    table = closing_table(run)
+    assert table.caption == sentence
+    assert any(str(column.header).startswith("modelled ") for column in table.columns)
+
+
 def test_the_drawing_has_every_block_with_the_part_that_is_kept(run: Path) -> None:
     drawing = gather(run)["architecture"]
     chosen = raw(run / "engines" / "candidate-1" / "manifest.json")

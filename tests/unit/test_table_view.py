@@ -80,6 +80,12 @@ def test_rows_are_grouped_by_kind_with_what_differs_as_columns():
     assert [line for line in text.splitlines() if line.rstrip().endswith("noisy") and "fp32" in line]
 
 
+def test_times_that_nobody_measured_say_so():
+    text = printed(table_view.by_kind(ONE))
+    [title] = re.findall(r"(\w+): 1 row, [^:]*?not measured", " ".join(text.split()))
+    assert (title, text.count("not measured")) == ("head", 1), "the only row of this table that is simulated"
+
+
 def test_words_of_a_file_are_no_markup():
     assert "[bold]x[/bold]" in printed(table_view.by_kind(table({operator("mlp", act="[bold]x[/bold]"): 1.0})))
 

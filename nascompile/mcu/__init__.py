@@ -1,0 +1,1 @@
+"""Integer networks for microcontrollers: the program, its kernels, where every byte lies, and the C project that runs it."""

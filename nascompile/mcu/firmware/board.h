@@ -1,0 +1,13 @@
+/* What a board has to offer for measuring over its serial line; board_*.c in this folder are examples. */
+#ifndef NC_BOARD_H
+#define NC_BOARD_H
+#include <stdint.h>
+
+/* Clocks, caches and the serial line. Called once, before anything else here. */
+void board_start(void);
+void board_send(uint8_t byte);
+uint8_t board_receive(void); /* waits */
+void board_restart_counter(void);
+uint32_t board_counter(void);
+const char *board_counter_unit(void);
+#endif
