@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -293,7 +294,7 @@ def run(bench: Bench, cell: Cell) -> dict[str, Any]:
         log = finetune.train(job_of(bench, cell, net, space, material, folder), Silent())
     row = {
         **asdict(cell), "networks": score(net, space, [points[i] for i in which], material), "which": which, "seconds": 0.0,
-        "device": device_name(), "train_samples": len(material.train), "validation_samples": len(material.validation),
+        "device": device_name(), "versions": versions(), "train_samples": len(material.train), "validation_samples": len(material.validation),
         "steps": log.steps if log else 0, "losses": log.losses if log else (),
         "settings": asdict(t), "mixed_precision": bench.mixed_precision,
     }  # fmt: skip
@@ -371,6 +372,7 @@ def table(rows: Iterable[Mapping[str, Any]], alone: int) -> list[dict[str, Any]]
         entry: dict[str, Any] = {
             "task": task, "recipe": recipe, "quantization": "qat" if aware else "ptq", "seeds": seeds,
             "steps": next(iter(cell.values()))["steps"], "device": next(iter(cell.values()))["device"],
+            "versions": next(iter(cell.values()))["versions"],
         }  # fmt: skip
         for kind in ("fp32", "int8"):
             accuracy = {key: 100 * float(rights(row, key[1], kind).mean()) for key, row in cell.items()}
@@ -416,6 +418,12 @@ def _gap(cell: Mapping[Any, Any], other: Mapping[Any, Any], which: Iterable[int]
 def device_name() -> str:
     """Of what training runs on."""
     return torch.cuda.get_device_name() if finetune.training_device().type == "cuda" else "CPU"
+
+
+def versions() -> dict[str, str]:
+    """Of what training computes with."""
+    found = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")}
+    return found | ({"cuda": str(torch.version.cuda)} if finetune.training_device().type == "cuda" else {})
 
 
 def made(folder: Path) -> Path:
