@@ -294,7 +294,8 @@ def run(bench: Bench, cell: Cell) -> dict[str, Any]:
         log = finetune.train(job_of(bench, cell, net, space, material, folder), Silent())
     row = {
         **asdict(cell), "networks": score(net, space, [points[i] for i in which], material), "which": which, "seconds": 0.0,
-        "device": device_name(), "versions": versions(), "train_samples": len(material.train), "validation_samples": len(material.validation),
+        "device": device_name(), "versions": versions(),
+        "train_samples": len(material.train), "validation_samples": len(material.validation),
         "steps": log.steps if log else 0, "losses": log.losses if log else (),
         "settings": asdict(t), "mixed_precision": bench.mixed_precision,
     }  # fmt: skip
