@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 STAGES = {
     "profile": "Time the operators of the model's search space on the device, or find a table that has them; what it lacks is added.",
     "finetune": "Train the teacher and the super-network.",
-    "search": "Search sub-networks and precisions; writes the Pareto front.",
+    "search": "Search sub-networks and precisions; writes the Pareto front. Ctrl-C ends it with what it has, twice quits.",
     "build": "Build the engines of the front's best candidates and of the baselines; with --candidate, one more.",
     "measure": "Run the engines: latency, throughput, memory, validation score.",
     "rerank": "Correct the predictions by the measurements, choose an engine, then read test once.",
@@ -146,9 +146,12 @@ FLAGS = {
         Flag("--seed", "seed", int, "Of everything drawn at random.", "N"),
     ),
     "Search": (
-        Flag("--searcher", "search.searcher", str, "nsga2, random, …", "NAME"),
+        Flag("--searcher", "search.searcher", str, "nsga2, ehvi, linas, mip, …", "NAME"),
         Flag("--objective", "search.objectives", list[str], "Beside error: latency_ms, size_mb, macs_m, worst-ratio.", "NAME"),
         Flag("--evaluations", "search.evaluations", int, "Candidates scored at most.", "N"),
+        Flag("--patience", "search.patience", int, "Batches without a better hypervolume after which the search ends.", "N"),
+        Flag("--workers", "search.workers", int, "Processes that score; default: one a core where it takes long.", "N"),
+        Flag("--ray", "search.ray", str, "Score on a Ray cluster: auto, HOST:PORT, ray://HOST:PORT.", "ADDRESS"),
         Flag("--top-k", "measure.top_k", int, "Candidates built and measured.", "N"),
         Flag("--tune-session/--no-tune-session", "measure.tune_session", bool, "Choose every engine's session settings by timing them."),
     ),
@@ -296,10 +299,10 @@ def build(
             "--candidate takes its settings from the run, all but --device and --backend and --tune-session",
             hint=f"nascompile build --out {folder} --candidate {candidate}",
         )
-    from nascompile import engine as engines, pipeline
+    from nascompile import beside, engine as engines
 
     with _progress(quiet) as progress, redirect_stdout(sys.stderr):
-        engine = pipeline.build_candidate(
+        engine = beside.build_candidate(
             folder, candidate, progress, backend=given.get("backend", ""), precision=precision,
             device=given["device"] + (f"::{given['threads']}" if "threads" in given else "") if "device" in given else "",
             tune_session=given.get("measure.tune_session"),
@@ -316,10 +319,10 @@ def _print_passes(out: Path, engines: Sequence[Path], as_json: bool, quiet: bool
     """What each pass did to each engine's graph."""
     import msgspec
 
-    from nascompile import pipeline
+    from nascompile import beside
 
     with _progress(quiet) as progress, redirect_stdout(sys.stderr):
-        found = {engine: pipeline.check_passes(engine, progress) for engine in engines}
+        found = {engine: beside.check_passes(engine, progress) for engine in engines}
     if as_json:
         return _print_json(
             {"run": str(out), "engines": [{"engine": str(e), "passes": msgspec.to_builtins(checks)} for e, checks in found.items()]}
@@ -336,7 +339,37 @@ def _print_passes(out: Path, engines: Sequence[Path], as_json: bool, quiet: bool
         _print_columns(("nodes", "change", "SQNR dB", "kind", "pass"), rows, right=3)
 
 
-OWN = {"profile": profile, "build": build}
+@with_settings
+def search(
+    given: Mapping[str, Any],
+    recipe: RecipeFile = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say what each gene matters for accuracy and latency, and which layers can be thinned.")
+    ] = False,
+    out: Out = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Search; with --explain, say what was learned."""
+    chosen, folder = recipe_and_folder(recipe, out, given)
+    if not _run(chosen, folder, "search", quiet):
+        return None
+    if not explain:
+        return _print_stage(folder, "search", as_json)
+    import msgspec
+
+    from nascompile import beside, explain as explaining
+
+    with _progress(quiet) as progress, redirect_stdout(sys.stderr):
+        found = beside.explain_search(folder, progress)
+    if as_json:
+        return _print_json({"run": str(folder), **msgspec.to_builtins(found)})
+    for line in explaining.lines(found):
+        typer.echo(line)
+    typer.echo(f"`nascompile report --out {folder}` has it as a chart", err=True)
+
+
+OWN = {"profile": profile, "search": search, "build": build}
 """Stages whose commands have more than the settings."""
 for _stage, _help in STAGES.items():
     app.command(_stage, help=_help)(OWN.get(_stage) or _stage_command(_stage))
@@ -521,13 +554,13 @@ def validate(
     table_check.check(found)
     away = bool(targets.load_profile(found.target.device).transport)
     if away or canary:
-        from nascompile import pipeline
-    environment = pipeline.environment_there(found.target) if away else several.environment_of(found.target)
+        from nascompile import beside
+    environment = beside.environment_there(found.target) if away else several.environment_of(found.target)
     latency_table.check_environment(found, environment)
     ratio = None
     if canary:
         with redirect_stdout(sys.stderr):
-            ratio = pipeline.canary(found, model, run_folder)
+            ratio = beside.canary(found, model, run_folder)
     noisy = sum(row.noisy for row in found.rows)
     if as_json:
         facts = {"rows": len(found.rows), "noisy": noisy, "networks": len(found.validation), "relative_error": found.relative_error}
@@ -655,7 +688,7 @@ def kit_export(
     """Write graphs of every operator and a script that times them with NumPy and the runtime alone."""
     import msgspec
 
-    from nascompile import kit, kit_limits, pipeline, profiler, records, settings, several, targets
+    from nascompile import beside, kit, kit_limits, profiler, records, settings, several, targets
 
     if (run is None) == (not model):
         raise RecipeError("a kit is for one model: name a run folder or a --model", hint="nascompile kit export --model ID --out FOLDER")
@@ -680,7 +713,7 @@ def kit_export(
     changed = {"device": meant.device, "backend": meant.backend, "also": also, "seed": recipe.seed if seed is None else seed}
     recipe = msgspec.structs.replace(recipe, **({"model": model} if model else {}), **changed)
     with _progress(quiet) as progress, redirect_stdout(sys.stderr):
-        made = pipeline.export_kit(
+        made = beside.export_kit(
             recipe, run, out, progress, provider=kit.provider(provider), processor=processor, threads=meant.threads,
             max_length=max_length, labels=labels, seconds=seconds, networks=networks,
         )  # fmt: skip
@@ -704,10 +737,10 @@ def kit_import(
     quiet: Quiet = False,
 ) -> None:
     """Check what came back from a device and make its latency table; print the path."""
-    from nascompile import pipeline
+    from nascompile import beside
 
     with _progress(quiet) as progress, redirect_stdout(sys.stderr):
-        path, table = pipeline.import_kit(results, kit, folder, progress)
+        path, table = beside.import_kit(results, kit, folder, progress)
     noisy = sum(row.noisy for row in table.rows)
     if as_json:
         return _print_json({"table": str(path), "rows": len(table.rows), "noisy": noisy, "relative_error": table.relative_error})

@@ -1,13 +1,14 @@
-"""What one search for several devices found on each: their fronts, how alike they are, what a shared network costs each."""
+"""What a search has scored, and what one for several devices found on each: fronts, how alike they are, what sharing costs each."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from nascompile import pareto
-from nascompile.records import Evaluation, Interval, Score
+from nascompile import journal, pareto
+from nascompile.records import Evaluation, Front, Interval, Score
 from nascompile.scoring import gain
 
 
@@ -70,3 +71,15 @@ def cost(scored: Sequence[Seen], shared: Evaluation) -> Cost:
     own = next(s for s in scored if s.evaluation.candidate == shared.candidate)
     fitting = (s for s in scored if gain(s.score) >= gain(own.score))
     return Cost(own, min(fitting, key=lambda s: (s.latency.value, -gain(s.score), s.evaluation.candidate.id)))
+
+
+def scored(path: Path, front: Front | None) -> tuple[Evaluation, ...]:
+    """Candidates of a journal that were scored as the front's were (same space, weights, data and evaluator), each once."""
+    if front is None or not front.evaluations:
+        return ()
+    wanted = _comparable(front.evaluations[0])
+    return tuple({e.candidate: e for e in journal.read(path, Evaluation) if _comparable(e) == wanted}.values())
+
+
+def _comparable(e: Evaluation) -> tuple[str, ...]:
+    return e.candidate.space, e.score.split_digest, e.score.weights_digest, e.score.evaluator_digest

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import shutil
 import tempfile
@@ -30,7 +31,7 @@ from nascompile.devices.cpu import ISA
 from nascompile.errors import RecipeError, UnsupportedError
 from nascompile.families import Family
 from nascompile.passes import PassContext
-from nascompile.progress import Progress
+from nascompile.progress import Progress, Standing
 from nascompile.records import (
     FLOAT16,
     INT8,
@@ -414,11 +415,14 @@ class _Building:
     def stage(self, name: str, number: int, total: int) -> None:
         self.inner.stage(name, number, total)
 
-    def step(self, label: str, done: int, total: int) -> None:
-        self.inner.step(label.replace("timing", "building"), done, total)
+    def step(self, label: str, done: int, total: int, limit: float = math.inf) -> None:
+        self.inner.step(label.replace("timing", "building"), done, total, limit)
 
     def note(self, text: str) -> None:
         self.inner.note(text)
+
+    def standing(self, found: Standing) -> None:
+        self.inner.standing(found)
 
 
 def _integers(form: Form, space: SearchSpace) -> Literal["", "u8u8", "u8s8"]:

@@ -75,11 +75,16 @@ def predict(table: LatencyTable, graph: OperatorGraph) -> Interval:
             detail="\n".join(operator.label for operator in lacking),
             hint=f"`nascompile profile --device {table.target.device} --backend {table.target.backend}` with the same model adds them",
         )
-    rows, call = [known[node.operator] for node in graph.nodes], table.call.value if table.call else 0.0
-    size = footprint(known, graph)
-    value = table.scale * call + sum(counted(table, row, size) for row in rows) + between(table, known, graph)
+    value = total(table, known, graph)
     low, high = max(0.0, value * (1 - table.relative_error)), value * (1 + table.relative_error)
     return Interval(value=value, low=low, high=high, unit="ms", level=LEVEL)
+
+
+def total(table: LatencyTable, known: Mapping[Operator, TableRow], graph: OperatorGraph) -> float:
+    """The predicted milliseconds alone; `known` are the table's rows by operator, and lack none of the graph's."""
+    call, size = table.call.value if table.call else 0.0, footprint(known, graph)
+    rows = sum(counted(table, known[node.operator], size) for node in graph.nodes)
+    return table.scale * call + rows + between(table, known, graph)
 
 
 def counted(table: LatencyTable, row: TableRow, size: int = 0) -> float:

@@ -29,7 +29,7 @@ def front(points: Any) -> tuple[int, ...]:
     return tuple(kept)
 
 
-def hypervolume(points: Any, reference: Sequence[float]) -> float:
+def hypervolume(points: Any, reference: Any) -> float:
     """Volume that the points dominate below `reference`; 0 for none. Points beyond it in any objective win nothing."""
     corner = np.asarray(reference, dtype=np.float64)
     values = np.asarray(points, dtype=np.float64).reshape(-1, len(corner))

@@ -19,14 +19,11 @@ import filelock
 import msgspec
 import numpy as np
 
-import nascompile
 from nascompile import (
     build,
     data,
     finetune,
     journal,
-    kit,
-    kit_import,
     latency_table,
     lowering,
     measure,
@@ -41,13 +38,13 @@ from nascompile import (
     space as spaces,
     targets,
     variants,
+    workers,
 )
 from nascompile.accuracy import Evaluator, best_method
 from nascompile.backends import CrossCompiler
 from nascompile.errors import DataError, ModelError, NascompileError, RecipeError, RecordError, TableError, UnsupportedError
 from nascompile.families import Family
 from nascompile.families.encoder import quiet
-from nascompile.pass_check import PassCheck
 from nascompile.preprocess import Preprocessor
 from nascompile.processes import ALONE, Team, join
 from nascompile.progress import Progress, Silent
@@ -81,9 +78,10 @@ from nascompile.records import (
 )
 from nascompile.remote_device import RemoteDevice
 from nascompile.search import Pricing, search
-from nascompile.settings import DEMO, TOY, Recipe
+from nascompile.settings import DEMO, TOY, Recipe, SearchSettings
 from nascompile.space import largest, uniform
 from nascompile.supernet import Supernet, extract
+from nascompile.worker import Bench
 
 STAGES = ("data", "profile", "finetune", "search", "build", "measure", "rerank", "report")
 DEVICES = "devices"
@@ -92,6 +90,8 @@ FIXED = ("model", "new_head", "data", "task", "metric", "device", "backend", "th
 """Settings that make another run of it: what was measured and scored does not carry over."""
 DECIDING = ("budgets", "finetune", "search", "measure", "also")
 """Settings that lead to a choice: fixed once test has been read for one."""
+IDLE = ("workers", "ray")
+"""Settings of a search that change nothing but how long it takes."""
 TEACHER_SHARE, FINETUNE_SHARE, SEARCH_SHARE = 0.25, 0.55, 0.8
 """Parts of `minutes` after which the teacher, the super-network and the search come to an end."""
 TableUse = Literal["", "add-missing", "fresh"]
@@ -101,6 +101,8 @@ FRESH = "profiling-fresh"
 """Folder of what a fresh profile has timed so far."""
 FOREIGN = "foreign.json"
 """What is foreign about `table.json`; not there where nothing is."""
+EXPLAIN = "explain.json"
+"""What `search --explain` found; not there where nobody asked."""
 
 
 class Method(Record, frozen=True):
@@ -167,7 +169,7 @@ def _check_target(recipe: Recipe, until: str) -> None:
 
 
 def _lead(team: Team, recipe: Recipe, out: Path, until: str, progress: Progress, given: Given, table: TableUse) -> None:
-    with _locked(out):
+    with locked(out):
         _sweep(out)
         _keep_recipe(recipe, out)
         if team.remark:
@@ -224,11 +226,11 @@ class Context:
                 r.tables, r.allow_foreign, r.search.precisions, *self._further_inputs(),
             ),
             "finetune": lambda: self._training_inputs(),
-            "search": lambda: (after["finetune"], after["profile"], r.search, r.budgets, r.seed),
+            "search": lambda: (after["finetune"], after["profile"], _without(r.search, *IDLE), r.budgets, r.seed),
             "build": lambda: (after["search"], r.measure.top_k, r.measure.safety, *self._rivalry()),
             "measure": lambda: (after["build"], _without(r.measure, "tune_session"), r.seed),
             "rerank": lambda: (after["measure"], r.budgets, r.measure.safety, *(after["profile"] if self.further else ())),
-            "report": lambda: (after, r),
+            "report": lambda: (after, r, *(file_digest(path) for path in [self.out / EXPLAIN] if path.is_file())),
         }
         return read[stage]()
 
@@ -395,6 +397,15 @@ class Context:
         return Evaluator(
             net, folder, self.space, self.task, self.metric, self.split("calibration", "ranges"), self.split("validation", "scores"),
             method, s.calibration_samples, s.validation_samples, self.recipe.seed, self.target.workload.batch,
+        )  # fmt: skip
+
+    def _bench(self, method: str) -> Bench | None:
+        """What other processes need to score the super-network's candidates; None where the metric is only known here."""
+        s = self.recipe.search
+        return None if self.given.metric else Bench(
+            weights=str((self.out / "supernet").resolve()), data=str((self.out / "data").resolve()), family=self.family.name,
+            space=self.space, task=self.recipe.task, metric=self.metric, method=method, calibration_samples=s.calibration_samples,
+            validation_samples=s.validation_samples, seed=self.recipe.seed, batch=self.target.workload.batch,
         )  # fmt: skip
 
     @cached_property
@@ -603,14 +614,18 @@ class Context:
         reference = best.score(largest(self.space))
         save(reference, self.out / "baseline.json")
         self.progress.note(f"baseline {self.metric} {reference.value:.2f} on validation; calibration by {best.method}")
-        front = search(
-            self.evaluator(self.out / "supernet", best.method), self.pricing, reference,
-            self.bounds, self.recipe.search, self.recipe.seed, self.out / "journal.jsonl", self.progress,
-            self.deadline(SEARCH_SHARE), self.further_pricing,
-        )  # fmt: skip
+        evaluator, s = self.evaluator(self.out / "supernet", best.method), self.recipe.search
+        with workers.opened(evaluator, self._bench(best.method), s.workers, s.ray, s.evaluations, self.progress.note) as executor:
+            front = search(
+                evaluator, self.pricing, reference, self.bounds, s, self.recipe.seed, self.out / "journal.jsonl", self.progress,
+                self.deadline(SEARCH_SHARE), self.further_pricing, executor,
+            )  # fmt: skip
+        # every worker is gone by now: engines are never timed while candidates are scored
         front = msgspec.structs.replace(front, absent=tuple((f.target.id, f.absent) for f in self.further if f.absent))
         save(front, self.out / "front.json")
         self.progress.note(f"{front.scored} candidates scored, {len(front.evaluations)} on the front")
+        if front.stopped:
+            self.progress.note(f"the search was stopped early: {front.stopped}; with other `--evaluations` it goes on from these scores")
         return [self.out / name for name in ("calibration.json", "baseline.json", "front.json")]
 
     def _build(self) -> list[Path]:
@@ -620,7 +635,7 @@ class Context:
         for number, (name, role, source, point) in enumerate(jobs, 1):
             folder = self.out / "engines" / name
             predicted = self.pricing(point)[1]
-            if not self._built(folder, source, point):
+            if not self.is_built_here(folder, source, point):
                 self.make(self.parts, self.sources[source], point, name, role, predicted, folder)
             if role == "candidate":
                 self._store_subnet(name, point)
@@ -716,7 +731,7 @@ class Context:
         other, moved = build.aimed(parts, point, target, backend)
         return variants.Contender(target, backend, lambda: build.lower(other, source, moved, ranges))
 
-    def _built(self, folder: Path, source: str, point: Any) -> bool:
+    def is_built_here(self, folder: Path, source: str, point: Any) -> bool:
         return self.is_built(folder, self.space, point, self.sources[source].evaluator.weights_digest, digest(self.table), self.foreign)
 
     def is_built(
@@ -836,180 +851,6 @@ class Context:
         return list(report.report(self.out))
 
 
-# ---------------------------------------------------------------------------------------------- beside a run
-
-
-def build_candidate(
-    out: Path, number: int, progress: Progress | None = None, device: str = "", backend: str = "", precision: str = network.AS_SEARCHED,
-    tune_session: bool | None = None,
-) -> Path:  # fmt: skip
-    """Build candidate `number` (from 1, cheapest first) of a finished front into `engines/front-<number>`; its folder.
-
-    `device` (NAME[:BACKEND[:THREADS]]), `backend`, `precision`: for another target than the run's, into `engines/front-<number>-<device>`,
-    say; for a further device of the search with the precisions that the candidate has there. Its device need not be here if the backend
-    can do without it; the manifest then says that the engine was not run. `tune_session`: None: as in the run.
-    """
-    wanted = targets.Named.parse(device) if device else targets.Named("")
-    device, backend = wanted.device, backend or wanted.backend
-    recipe = load(out / "recipe.json", Recipe)  # before the lock, which would make the folder
-    if tune_session is not None:
-        recipe = _tuned(recipe, tune_session)
-    with _locked(out):
-        front = load(out / "front.json", Front)
-        if not 1 <= number <= len(front.evaluations):
-            raise RecipeError(f"no such candidate: {number}", hint=f"the front of {out} has 1 to {len(front.evaluations)}")
-        e = front.evaluations[number - 1]
-        name = f"front-{number}"
-        if (device or backend) and front.also and precision == network.AS_SEARCHED:
-            text = f"{device or recipe.device}:{backend}:{wanted.threads or ''}"
-            if target := targets.find(text, (front.target, *front.also)):
-                return _build_searched(Context(recipe, out, progress or Silent(), Given()), e, target, number)
-        if device or backend or precision != network.AS_SEARCHED:
-            other = msgspec.structs.replace(
-                recipe, device=device or recipe.device, backend=backend or ("" if device else recipe.backend), also=(),
-                threads=wanted.threads or recipe.threads,
-            )  # fmt: skip
-            threads = f"t{wanted.threads}" if wanted.threads else ""
-            named = [name, other.device, backend, threads, "" if precision == network.AS_SEARCHED else precision]
-            context = Context(other, out, progress or Silent(), Given())
-            context.space = front.space
-            return _build_elsewhere(context, e, out / "engines" / "-".join(filter(None, named)), precision)
-        context = Context(recipe, out, progress or Silent(), Given())
-        return _build_searched(context, e, context.target, number)
-
-
-def _build_searched(context: Context, e: Evaluation, target: Target, number: int) -> Path:
-    """The engine of a front's candidate for one of the devices it was searched for, with its own precisions there."""
-    if targets.label(target) == targets.label(context.target):
-        folder = context.out / "engines" / f"front-{number}"
-        if not context._built(folder, "supernet", e.candidate):
-            context.make(context.parts, context.sources["supernet"], e.candidate, folder.name, "candidate", e.latency, folder)
-        return folder
-    f = next(f for f in context.further if f.label == targets.label(target))
-    if f.absent:
-        raise UnsupportedError(f"cannot build for `{f.label}`: {f.absent}", hint="build on that device, from a copy of the run folder")
-    folder = context.out / "engines" / f"front-{number}-{f.file}"
-    context.build_there(f, folder.name, "candidate", "supernet", e.candidate, folder)
-    return folder
-
-
-def export_kit(
-    recipe: Recipe, run: Path | None, out: Path, progress: Progress | None = None, *, provider: kit.Provider = "cpu", processor: str = "",
-    threads: int = 0, max_length: int = 0, labels: int = 0, seconds: float = 0.0, networks: int = profiler.NETWORKS,
-) -> kit.KitManifest:  # fmt: skip
-    """Write a kit for the recipe's model and device to `out`; `run`: a folder whose data stage says how long texts are and what labels.
-
-    Where the recipe names further devices, the kit has the operators that a search for all of them needs a table of the first for.
-    `max_length` and `labels` say so where there is no run. `threads`: 0: the device's default. `processor`: see `kit.PROCESSORS`; empty:
-    this one for the local device.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        context = Context(recipe, run or Path(scratch), progress or Silent(), Given())
-        family, config = context.family, context.config
-        if run is not None:
-            max_length = context.manifest.max_length
-        elif not max_length and any("sequence" in spec.shape for spec in family.inputs(config)):
-            raise RecipeError(f"{recipe.model} does not say how many tokens a text has", hint="--max-length N, or name a run with its data")
-        if labels:
-            config.num_labels = labels
-        target = targets.make(recipe.device, recipe.backend, family.workload(config, 1, max_length), threads)
-        form = kit.form_for(target.backend, provider, processor or ("here" if recipe.device == targets.LOCAL else "any"))
-        target = msgspec.structs.replace(target, session=kit.session(target.session, provider))
-        precisions = recipe.search.precisions if provider == "cpu" else kit.GPU_PRECISIONS
-        places = [(form, target), *((plugins.get("backends", t.backend), t) for t in targets.several(target, recipe.also)[1:])]
-        weights = models.weights_digest(context.model_folder)
-        space = spaces.of_targets(network.shared_space(family, config, places, weights, (), precisions), (0,))
-        if provider != "cpu":
-            space = network.half_space(family, config, space)
-        return kit.export(
-            family, config, space, target, form, provider, recipe.seed, out, context.progress, seconds=seconds, networks=networks
-        )
-
-
-def import_kit(results: Path, kit_place: Path | None, tables: Path | None, progress: Progress | None = None) -> tuple[Path, LatencyTable]:
-    """The table of a kit that was run, and where it is now."""
-    table = kit_import.table_of(results, kit_place, progress or Silent())
-    return latency_table.store(table, tables), table
-
-
-def check_passes(engine: Path, progress: Progress | None = None) -> tuple[PassCheck, ...]:
-    """What each pass does to a built engine's graph; the graph after each is in `engines/NAME.graphs`, beside the engine's folder."""
-    out, manifest = engine.parent.parent, load(engine / "manifest.json", EngineManifest)
-    out = out.parent.parent if out.parent.name == DEVICES else out
-    recipe = load(out / "recipe.json", Recipe)
-    with _locked(out):
-        other = msgspec.structs.replace(recipe, device=manifest.target.device, backend=manifest.target.backend, also=())
-        context = Context(other, out, progress or Silent(), Given())
-        if manifest.space is None or manifest.candidate is None:
-            raise RecordError(f"the engine does not say what it was built from: {engine}", hint="build it again")
-        context.target, context.space = manifest.target, manifest.space
-        source = context.sources["supernet" if manifest.role == "candidate" else "baseline"]
-        source = replace(source, evaluator=source.evaluator.on(manifest.target.id))
-        return build.check_passes(context.parts, source, manifest.candidate, engine.with_name(f"{engine.name}.graphs"))
-
-
-def environment_there(target: Target) -> Environment:
-    """What the device of a target is now that is reached over ssh."""
-    return RemoteDevice(target).environment
-
-
-def canary(table: LatencyTable, model: str = "", run: Path | None = None, progress: Progress | None = None) -> float:
-    """Median of now / table over a few operators of a model, or of a run's; TableError if the device is not as fast as it was.
-
-    Nothing is written into the run folder.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        recipe = load(run / "recipe.json", Recipe) if run else Recipe(model=model)
-        recipe = msgspec.structs.replace(recipe, device=table.target.device, also=())
-        context = Context(recipe, run or Path(scratch), Silent(), Given())
-        context.target = table.target
-        space, work = context.space_of(context.config, ()), Path(scratch) / "canary"
-        if context.transport:
-            return RemoteDevice(table.target, progress).canary(table, context.family, context.config, space, work, recipe.seed)
-        return profiler.canary(table, context.family, context.config, space, context.backend, context.device, work, recipe.seed)
-
-
-def _build_elsewhere(context: Context, searched: Evaluation, folder: Path, precision: str) -> Path:
-    """The engine of a candidate for the context's target, which is not the one it was searched for; nothing predicts its latency."""
-    unrun = _unrun(context.target, context.backend)
-    if unrun and context.recipe.backend == targets.AUTO:
-        raise UnsupportedError(f"what cannot run here cannot be chosen by measuring: {unrun}", hint="name a --backend")
-    if unrun:  # nor can its session be tuned
-        context.recipe = _tuned(context.recipe, False)
-    context.space, point = network.retarget(
-        context.family, context.config, context.space, searched.candidate, context.backend, context.target, precision
-    )
-    evaluator = context.evaluator(context.out / "supernet", context.method)
-    score = evaluator.score(point)
-    context.progress.note(
-        f"{context.metric} of the emulated network on validation: {score.value:.2f}, {searched.score.value:.2f} as it was searched"
-    )
-    if context.is_built(folder, context.space, point, evaluator.weights_digest, ""):
-        m = load(folder / "manifest.json", EngineManifest)
-        versions = (*plugins.get("backends", m.target.backend).versions(), ("nascompile", nascompile.__version__))
-        if (m.versions, m.executed) == (versions, not unrun):
-            return folder
-    remarks = (f"built, not run: {unrun}", context.backend.unrun_remark) if unrun else ()
-    parts = replace(context.parts, table_digest="", foreign=(), unrun=remarks)
-    context.make(parts, build.Source(evaluator.net, evaluator), point, folder.name, "candidate", None, folder)
-    for remark in remarks:
-        context.progress.note(remark)
-    return folder
-
-
-def _unrun(target: Target, backend: Any) -> str:
-    """Why an engine for the target can be built here but not run; empty if it can be run. UnsupportedError if it cannot be built."""
-    reason, unrun = "", ""
-    if isinstance(backend, CrossCompiler):
-        reason, unrun = backend.unbuildable(target), backend.unrunnable(target)
-    else:
-        targets.device(target.device)
-        reason = backend.unavailable()
-    if reason:
-        raise UnsupportedError(f"cannot build for `{target.device}` with {target.backend}: {reason}")
-    return unrun
-
-
 def plan(recipe: Recipe, out: Path) -> list[dict[str, Any]]:
     """What `run` would do: per stage what, whether it was finished before, and rough minutes and megabytes where they can be told."""
     finished = {path.stem: load(path, StageDone) for path in (out / "stages").glob("*.json")} if out.is_dir() else {}
@@ -1041,7 +882,7 @@ def plan(recipe: Recipe, out: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _tuned(recipe: Recipe, yes: bool) -> Recipe:
+def tuned(recipe: Recipe, yes: bool) -> Recipe:
     return msgspec.structs.replace(recipe, measure=msgspec.structs.replace(recipe.measure, tune_session=yes))
 
 
@@ -1052,9 +893,9 @@ def _compared_as(recipe: Recipe) -> str:
     return f"; each {', '.join(said)}" if said else ""
 
 
-def _without(settings: Record, name: str) -> dict[str, Any]:
-    """A record's fields but one, which is written down with another stage."""
-    return {key: value for key, value in msgspec.structs.asdict(settings).items() if key != name}
+def _without(settings: Record, *names: str) -> dict[str, Any]:
+    """A record's fields but some, which are written down with another stage or decide nothing."""
+    return {key: value for key, value in msgspec.structs.asdict(settings).items() if key not in names}
 
 
 def _shareable(config: Any) -> dict[str, Any]:
@@ -1069,7 +910,7 @@ def _weights_megabytes(recipe: Recipe) -> float | None:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -1129,8 +970,15 @@ def _keep_recipe(recipe: Recipe, out: Path) -> None:
 
 def _differences(before: Recipe, now: Recipe, names: tuple[str, ...]) -> str:
     """One line per setting that is not what it was."""
-    pairs = [(name, getattr(before, name), getattr(now, name)) for name in names]
+    pairs = [(name, *(_deciding(recipe, name) for recipe in (before, now))) for name in names]
     return "\n".join(f"{name}: {old} there, {new} asked for" for name, old, new in pairs if old != new)
+
+
+def _deciding(recipe: Recipe, name: str) -> Any:
+    """A setting, without what has no influence on any result."""
+    if name != "search":
+        return getattr(recipe, name)
+    return msgspec.structs.replace(recipe.search, **{idle: getattr(SearchSettings(), idle) for idle in IDLE})
 
 
 def _test_was_read(out: Path) -> bool:

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import IO, Protocol
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a search has found so far."""
+
+    headline: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    """The front, cheapest first."""
 
 
 class Progress(Protocol):
     def stage(self, name: str, number: int, total: int) -> None:
         """A stage of the pipeline begins."""
 
-    def step(self, label: str, done: int, total: int) -> None:
-        """`done` of `total` units of a step are finished."""
+    def step(self, label: str, done: int, total: int, limit: float = math.inf) -> None:
+        """`done` of `total` units of a step are finished; it ends in `limit` seconds if not before."""
 
     def note(self, text: str) -> None:
         """A line worth keeping."""
+
+    def standing(self, found: Standing) -> None:
+        """A search goes on and has found this so far."""
+
+
+STANDING_EVERY = 5
+"""A line about what was found, which is a long one, is printed so many times more rarely than one about how far it is."""
 
 
 class Silent:
@@ -24,9 +43,11 @@ class Silent:
 
     def stage(self, name: str, number: int, total: int) -> None: ...
 
-    def step(self, label: str, done: int, total: int) -> None: ...
+    def step(self, label: str, done: int, total: int, limit: float = math.inf) -> None: ...
 
     def note(self, text: str) -> None: ...
+
+    def standing(self, found: Standing) -> None: ...
 
 
 class Pace:
@@ -36,13 +57,13 @@ class Pace:
         self._clock = clock
         self._starts: dict[str, tuple[float, int]] = {}
 
-    def left(self, label: str, done: int, total: int) -> float | None:
-        """Seconds; None while no unit has been finished since the step was first heard of."""
+    def left(self, label: str, done: int, total: int, limit: float = math.inf) -> float | None:
+        """Seconds, at most `limit`; None while no unit has been finished since the step was first heard of."""
         now = self._clock()
         began, first = self._starts.setdefault(label, (now, done))
         if done < first:  # it began again
             began, first = self._starts[label] = (now, done)
-        return (now - began) / (done - first) * (total - done) if done > first else None
+        return min((now - began) / (done - first) * (total - done), max(limit, 0.0)) if done > first else None
 
     def restart(self) -> None:
         """A new stage: nothing is known of its steps."""
@@ -55,14 +76,15 @@ class Lines:
     def __init__(self, every: float = 2.0, stream: IO[str] | None = None) -> None:
         self.every, self.stream = every, stream or sys.stderr
         self.label, self.last, self.pace = "", 0.0, Pace()
+        self.last_standing = -math.inf
 
     def stage(self, name: str, number: int, total: int) -> None:
         print(f"[{number}/{total}] {name}", file=self.stream, flush=True)
         self.label = ""
         self.pace.restart()
 
-    def step(self, label: str, done: int, total: int) -> None:
-        now, left = time.monotonic(), self.pace.left(label, done, total)
+    def step(self, label: str, done: int, total: int, limit: float = math.inf) -> None:
+        now, left = time.monotonic(), self.pace.left(label, done, total, limit)
         if label != self.label:
             self.label, self.last = label, now
         if now - self.last >= self.every:
@@ -71,6 +93,18 @@ class Lines:
 
     def note(self, text: str) -> None:
         print(f"      {text}", file=self.stream, flush=True)
+
+    def standing(self, found: Standing) -> None:
+        now = time.monotonic()
+        if now - self.last_standing >= STANDING_EVERY * self.every:
+            self.last_standing = now
+            shown = (", ".join(map(" ".join, zip(found.columns, row, strict=True))) for row in ends(found.rows))
+            self.note(f"{found.headline}: {'; '.join(shown)}")
+
+
+def ends(rows: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
+    """The first and the last row."""
+    return rows if len(rows) < 2 else (rows[0], rows[-1])
 
 
 def time_left(seconds: float | None) -> str:

@@ -419,6 +419,58 @@ class Front(Record, frozen=True, omit_defaults=True):
     """Further targets of the same search."""
     absent: tuple[tuple[str, str], ...] = ()
     """(target id, why) of those whose engines cannot run here: their latencies are predictions of a stored table."""
+    stopped: str = ""
+    """Why the search ended before its evaluations were used up; empty: it did not, or has seen the whole space."""
+
+
+class GeneImportance(Record, frozen=True):
+    """How much a gene matters among the scored candidates: root mean square of what changes where its values are shuffled."""
+
+    gene: str
+    """As a position of the genome: the precision genes of a further target end in its number."""
+    points: float
+    """Of the metric, as the model of accuracy errs more."""
+    ms: tuple[float, ...]
+    """Per target, as the latency table says."""
+
+
+class Thinning(Record, frozen=True):
+    """A layer at its thinnest, the rest as it is in the base; or fewer layers."""
+
+    layer: int
+    """From 0; -1 where layers are left out."""
+    change: str
+    points: float
+    """Of the metric lost."""
+    spread: float | None
+    """Standard deviation of that over the models; None where it was scored."""
+    ms: tuple[float, ...]
+    """Saved per target, as the latency table says."""
+    kind: Literal["predicted", "scored"]
+    """Where `points` come from."""
+
+
+class Explanation(Record, frozen=True):
+    """What the scored candidates of a search say of its genes and layers."""
+
+    front_digest: str
+    """Of the front it is about."""
+    metric: str
+    model: str
+    """Of accuracy from genes; the one that predicts best."""
+    r2: float
+    """Of that model, on candidates it was not fitted to."""
+    others: tuple[tuple[str, float], ...]
+    """(model, its R²) of those that predict worse."""
+    trust: str
+    """What the R² means."""
+    scored: int
+    targets: tuple[str, ...]
+    """As a person writes them, the first one first."""
+    base: Candidate
+    """Whose layers are thinned."""
+    genes: tuple[GeneImportance, ...]
+    layers: tuple[Thinning, ...]
 
 
 class Variant(Record, frozen=True):

@@ -11,7 +11,8 @@ Keys of `report.json`; a section whose records are not there has their names in 
   agreement     emulated against engine score of random candidates
   operators     the table's latency of every block of the baseline, the uniform and the chosen engine
   architecture  every block of the full network: kept share, precision, size
-  search        searcher, seed, hypervolume over scored candidates
+  search        searcher, seed, hypervolume over scored candidates, why it was stopped early if it was
+  explain       of `search --explain`: what each gene matters, what thinning each layer costs and saves; else not there
   data          splits (samples, classes, what was left out), labels, settings
   subject       model, task, metric and device of the recipe
   statistic     which quantile of the latencies is compared with predictions
@@ -35,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from nascompile import fronts, journal, latency_table, variants
+from nascompile import fronts, latency_table, variants
 from nascompile.errors import RecordError
 from nascompile.records import (
     Budget,
@@ -45,6 +46,7 @@ from nascompile.records import (
     Differences,
     EngineManifest,
     Evaluation,
+    Explanation,
     ForeignUse,
     Front,
     LatencyTable,
@@ -56,6 +58,7 @@ from nascompile.records import (
     Target,
     TestResult,
     Variant,
+    digest,
     load,
     write_atomic,
 )
@@ -152,6 +155,7 @@ def gather(run: Path) -> Json:
     devices = _devices(records)
     return {
         **({"devices": devices} if devices else {}),
+        **({"explain": _explain(records.explanation)} if records.explanation else {}),
         "summary": _summary(records, engines),
         "name": _name(records),
         "note": str(records.recipe.get("note", "")),
@@ -198,6 +202,8 @@ class RunRecords:
     foreign: Differences
     """What differs where predictions are those of a table of another environment."""
     front: Front | None
+    explanation: Explanation | None
+    """Of this front; one of an earlier front is not shown."""
     correction: Correction | None
     choice: Choice | None
     test: TestResult | None
@@ -229,15 +235,21 @@ def read(run: Path) -> RunRecords:
         table=_optional(run / "table.json", LatencyTable),
         foreign=use.differences if use else front.foreign if front else (),
         front=front,
+        explanation=_explanation(run / "explain.json", front),
         correction=_optional(run / "correction.json", Correction),
         choice=_optional(run / "choice.json", Choice),
         test=_optional(run / "test.json", TestResult),
         engines=tuple(load(path, EngineManifest) for path in sorted(run.glob("engines/*/manifest.json"))),
         measurements={m.engine: m for m in (load(path, Measurement) for path in sorted(run.glob("measurements/*.json")))},
         stages=tuple(load(path, StageDone) for path in sorted(run.glob("stages/*.json"))),
-        scored=_scored(run / "journal.jsonl", front),
+        scored=fronts.scored(run / "journal.jsonl", front),
         further={found.table.target.id: found for found in map(_further, sorted(run.glob("tables/*.json")))},
     )
+
+
+def _explanation(path: Path, front: Front | None) -> Explanation | None:
+    found = _optional(path, Explanation)
+    return found if found and front and found.front_digest == digest(front) else None
 
 
 def _further(path: Path) -> Further:
@@ -264,18 +276,6 @@ def _plain(path: Path) -> Json:
     if not isinstance(body, dict):
         raise RecordError(f"{path} is not a JSON object: {type(body).__name__}", hint="remove it; the stage will write it again")
     return dict(body["data"]) if "record" in body else body
-
-
-def _scored(path: Path, front: Front | None) -> tuple[Evaluation, ...]:
-    """Candidates scored as the front's were (same space, weights, data and evaluator), each once."""
-    if front is None or not front.evaluations:
-        return ()
-    wanted = _comparable(front.evaluations[0])
-    return tuple({e.candidate: e for e in journal.read(path, Evaluation) if _comparable(e) == wanted}.values())
-
-
-def _comparable(e: Evaluation) -> tuple[str, ...]:
-    return e.candidate.space, e.score.split_digest, e.score.weights_digest, e.score.evaluator_digest
 
 
 def _absent(*names: str) -> list[str]:
@@ -425,6 +425,7 @@ def _summary(records: RunRecords, engines: list[Json]) -> Json:
     task = {
         "name": _name(records), "baseline": numbers("baseline"), "uniform_int8": numbers("uniform"), "chosen": numbers("chosen"),
         "seconds": {s["stage"]: s["seconds"] for s in _stages(records)},
+        **({"stopped": records.front.stopped} if records.front and records.front.stopped else {}),
     }  # fmt: skip
     environment = _environment(records)
     devices = _devices(records)
@@ -708,7 +709,22 @@ def _search(records: RunRecords) -> Json:
     return {
         "missing": [] if front.hypervolume else ["hypervolume in front.json"], "searcher": front.searcher, "seed": front.seed,
         "scored": front.scored, "seconds": front.seconds, "objectives": _objectives(front), "found": len(front.evaluations),
-        "budgets": _budgets(records, front.budgets), "hypervolume": [list(pair) for pair in front.hypervolume],
+        "budgets": _budgets(records, front.budgets), "hypervolume": [list(pair) for pair in front.hypervolume], "stopped": front.stopped,
+    }  # fmt: skip
+
+
+def _explain(found: Explanation) -> Json:
+    """Genes by what accuracy varies with them, layers in their order, then fewer layers."""
+    names = [f" on {name}" for name in found.targets] if len(found.targets) > 1 else [""]
+    genes = sorted(found.genes, key=lambda g: (-g.points, -math.fsum(g.ms), g.gene))
+    layers = sorted(found.layers, key=lambda t: (t.layer < 0, t.layer, -math.fsum(t.ms)))
+    return {
+        "metric": found.metric, "model": found.model, "r2": found.r2, "others": [list(pair) for pair in found.others],
+        "trust": found.trust, "scored": found.scored, "targets": names, "base": _candidate(found.base),
+        "genes": msgspec.to_builtins(genes),
+        "layers": [
+            msgspec.to_builtins(t) | {"title": f"Layer {t.layer + 1}" if t.layer >= 0 else "Fewer layers"} for t in layers
+        ],
     }  # fmt: skip
 
 

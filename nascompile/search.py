@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,35 @@ from nascompile import journal, latency_table, network, pareto, plugins, space a
 from nascompile.accuracy import Evaluator, ladder
 from nascompile.errors import BudgetError
 from nascompile.families import Family
-from nascompile.progress import Progress
-from nascompile.records import Budget, Candidate, Differences, Elsewhere, Evaluation, Front, LatencyTable, Score, SearchSpace, Target
+from nascompile.progress import Progress, Standing
+from nascompile.records import (
+    Budget,
+    Candidate,
+    Differences,
+    Elsewhere,
+    Evaluation,
+    Front,
+    LatencyTable,
+    Node,
+    Operator,
+    OperatorGraph,
+    Score,
+    SearchSpace,
+    TableRow,
+    Target,
+)  # fmt: skip
 from nascompile.scoring import drop, gain, worst
+from nascompile.searchers import Price, Problem
 from nascompile.settings import SearchSettings
+from nascompile.stopping import Stopping, gain as growth, reference
 from nascompile.targets import label
+from nascompile.worker import Job
+from nascompile.workers import Executor, Inline
 
 IDLE_ROUNDS = 25
 """Rounds in which every proposal was over budget or known before the search gives up on finding more."""
+UNKNOWN = 1e6
+"""What stands for the score of a candidate that has none."""
 DROP_SLACK = 1.0
 """Points beyond `max_drop` that the search still explores, so that the border is seen from both sides."""
 
@@ -50,56 +72,112 @@ class Pricing:
         parameters, macs = sum(node.parameters for node in graph.nodes), sum(node.macs for node in graph.nodes)
         return {"latency_ms": latency.value, "size_mb": size / 1e6, "macs_m": macs / 1e6}, latency, size, parameters, macs
 
+    def costs(self, point: Candidate) -> dict[str, float]:
+        """{metric: value} as above, thousands of candidates a second: blocks are remembered."""
+        keys = self._blocks(point)
+        if any(key not in self._known for key in keys):
+            graph = network.graph(self.family, self.config, self.space, point, self.target)
+            latency_table.predict(self.table, graph)
+            self._known.update(zip(keys, graph.nodes, strict=True))
+        graph = OperatorGraph(nodes=tuple(self._known[key] for key in keys))
+        latency, size = latency_table.total(self.table, self._rows, graph), sum(node.size_bytes for node in graph.nodes)
+        macs = sum(node.macs for node in graph.nodes)
+        return {"latency_ms": latency, "size_mb": (self.structure_bytes + size) / 1e6, "macs_m": macs / 1e6}
+
+    def _blocks(self, point: Candidate) -> list[tuple[Any, ...]]:
+        """What decides the costs of each of the candidate's blocks, in execution order."""
+        chosen, layers = dict(point.architecture), set(spaces.kept_layers(self.space, point))
+        kept = [(segment, genes) for segment, genes in self._segments if segment.layer is None or segment.layer in layers]
+        names = [network.block_precision(self.space, point, segment, self.target.id).name for segment, _ in kept]
+        state = (max(layers, default=None), any(self._dynamic[name] for name in names))  # what is computed for the first token only
+        return [(s.name, *(chosen.get(gene) for gene in genes), name, state) for (s, genes), name in zip(kept, names, strict=True)]
+
+    @cached_property
+    def _segments(self) -> list[tuple[Any, tuple[str, ...]]]:
+        groups, known = self.family.groups(self.config), {gene.name for gene in self.space.genes}
+        found = []
+        for segment in self.family.segments(self.config):
+            own = (group.gene for group in groups if any(p in segment.parameters for p, _ in group.members))
+            found.append((segment, tuple(gene for gene in dict.fromkeys(own) if gene in known)))
+        return found
+
+    @cached_property
+    def _known(self) -> dict[tuple[Any, ...], Node]:
+        return {}
+
+    @cached_property
+    def _rows(self) -> dict[Operator, TableRow]:
+        return {row.operator: row for row in self.table.rows}
+
+    @cached_property
+    def _dynamic(self) -> dict[str, bool]:
+        return {"fp32": False, **{precision.name: precision.dynamic for precision in self.space.precisions}}
+
 
 def search(
     evaluator: Evaluator, pricing: Pricing, baseline: Score, budgets: tuple[Budget, ...], settings: SearchSettings, seed: int,
-    path: Path, progress: Progress, deadline: float = float("inf"), also: Sequence[Pricing] = (),
+    path: Path, progress: Progress, deadline: float = float("inf"), also: Sequence[Pricing] = (), executor: Executor | None = None,
 ) -> Front:  # fmt: skip
     """The non-dominated scored candidates within the cost budgets, cheapest first; BudgetError if no candidate meets every budget.
 
     `also`: prices on further targets of the same space. A candidate then has a score and costs on each, and must keep every budget.
+    `executor`: who scores; this process if nobody else. Ctrl-C ends the search with what it has; KeyboardInterrupt if that is nothing.
     """
     began, space, aim = time.monotonic(), pricing.space, Aim(settings.objectives, budgets, (pricing, *also))
     known = Known(path, space)
     searcher = plugins.get("searchers", settings.searcher)
-    first = ladder(space)
-    affordable = tuple(p for p in first if aim.over(aim.prices(p)) == 0) or first
-    run = searcher.start(space, aim.count, settings.population, affordable, seed)
+    first, problem = ladder(space), aim.problem(space)
+    affordable = tuple(p for p in first if problem.price(p).over == 0) or first
+    run = searcher.start(problem, settings.population, affordable, seed)
     scored: dict[Candidate, Evaluation] = {}
-    idle, nearest = 0, None
-    while len(scored) < settings.evaluations and idle < IDLE_ROUNDS and not (scored and time.monotonic() > deadline):
-        points = run.ask()
-        if not points:
-            break
-        rows, violations, before = [], [], len(scored)
-        for point in points:
-            prices = aim.prices(point)
-            over = aim.over(prices)
-            if over > 0:
-                if nearest is None or over < nearest[0]:
-                    nearest = (over, point, prices)
-            elif point not in scored and len(scored) < settings.evaluations and not (scored and time.monotonic() > deadline):
-                scored[point] = _evaluate(point, prices, evaluator, known, pricing.foreign)
-                progress.step("candidates scored", len(scored), settings.evaluations)
-            rows.append(aim.objectives(prices, worst(scored[point]) if point in scored else None))
-            violations.append(over if over > 0 else _drop_violation(scored.get(point), baseline, budgets))
-        run.tell(points, np.array(rows), np.array(violations))
-        idle = idle + 1 if len(scored) == before else 0
+    outcomes: list[list[float]] = []
+    idle, nearest, stopped = 0, None, ""
+    score = Scoring(evaluator, executor or Inline(evaluator), known, pricing.foreign)
+    with Stopping(deadline, settings.patience, progress.note) as stop:
+        while len(scored) < settings.evaluations and not stopped:
+            points = run.ask()
+            if not points:
+                break
+            costs = {point: aim.costs(point) for point in points}
+            overs = {point: aim.over(costs[point]) for point in costs}
+            for point, over in overs.items():
+                if over > 0 and (nearest is None or over < nearest[0]):
+                    nearest = (over, point, costs[point])
+            new = [point for point in costs if overs[point] <= 0 and point not in scored][: settings.evaluations - len(scored)]
+            found: dict[Candidate, Evaluation] = {}
+            for evaluation in score({point: aim.prices(point) for point in new}, stop.go_on):
+                found[evaluation.candidate] = evaluation
+                stop.scored += 1
+                progress.step("candidates scored", stop.scored, settings.evaluations, stop.left())
+            done = [point for point in new if point in found]  # in the order of the asks, whoever was first to come back
+            scored.update((point, found[point]) for point in done)
+            outcomes += [aim.values(costs[point], worst(found[point])) for point in done]
+            rows = [aim.values(costs[p], worst(scored[p]) if p in scored else None) for p in points]
+            violations = [overs[p] if overs[p] > 0 else _drop_violation(scored.get(p), baseline, budgets) for p in points]
+            run.tell(points, np.array(rows), np.array(violations))
+            idle = 0 if done else idle + 1
+            stopped = stop.after(np.array(outcomes)) or f"nothing new in {IDLE_ROUNDS} rounds" * (idle == IDLE_ROUNDS)
+            if done:
+                progress.standing(_standing(list(scored.values()), np.array(outcomes), len(done), aim, settings.evaluations))
+    if not scored and stop.interrupted:
+        raise KeyboardInterrupt
     if not scored:
         raise _unaffordable(nearest, aim, space)
     evaluations = list(scored.values())
     _require_accuracy(evaluations, baseline, budgets)
-    matrix = np.array([aim.objectives(aim.prices(e.candidate), worst(e)) for e in evaluations])
+    matrix = np.array(outcomes)
     chosen = sorted((evaluations[i] for i in pareto.front(matrix)), key=lambda e: (e.latency.value, -gain(worst(e)), e.candidate.id))
     return Front(
         space=space, target=pricing.target, objectives=settings.objectives, budgets=budgets, evaluations=tuple(chosen),
         searcher=settings.searcher, seed=seed, scored=len(evaluations), seconds=time.monotonic() - began, hypervolume=_trace(matrix),
-        also=tuple(other.target for other in also), foreign=pricing.foreign,
+        also=tuple(other.target for other in also), foreign=pricing.foreign, stopped=stopped if len(scored) < settings.evaluations else "",
     )  # fmt: skip
 
 
-Price = tuple[dict[str, float], Any, int, int, int]
+Priced = tuple[dict[str, float], Any, int, int, int]
 """What a Pricing says of a candidate."""
+Costs = Sequence[dict[str, float]]
+"""{metric: value} of a candidate on every target."""
 
 
 @dataclass(frozen=True)
@@ -115,32 +193,49 @@ class Aim:
         """Objectives: a latency is one per target."""
         return sum(len(self.pricings) if name == "latency_ms" else 1 for name in self.names)
 
-    def prices(self, point: Candidate) -> tuple[Price, ...]:
-        """The candidate's costs on every target."""
+    def problem(self, space: SearchSpace) -> Problem:
+        """What searchers are told."""
+        bounded = any(budget.metric != "drop" for budget in self.budgets)
+        return Problem(space, self.count, self._price, bounded)
+
+    def _price(self, point: Candidate) -> Price:
+        costs = self.costs(point)
+        return Price(tuple(self.objectives(costs, None)), self.over(costs))
+
+    def prices(self, point: Candidate) -> tuple[Priced, ...]:
+        """What each Pricing says of the candidate."""
         return tuple(pricing(point) for pricing in self.pricings)
 
-    def objectives(self, prices: Sequence[Price], score: Score | None) -> list[float]:
-        """In the order of the names; `score` is the worst of the targets', as the largest size is."""
-        found = []
+    def costs(self, point: Candidate) -> Costs:
+        """The candidate's costs on every target."""
+        return tuple(pricing.costs(point) for pricing in self.pricings)
+
+    def objectives(self, costs: Costs, score: Score | None) -> list[float | None]:
+        """In the order of the names, None for the error without a score; `score` is the worst of the targets', as the largest size is."""
+        found: list[float | None] = []
         for name in self.names:
             if name == "error":
-                found.append(1e6 if score is None else -gain(score))
+                found.append(None if score is None else -gain(score))
             elif name == "latency_ms":
-                found += [costs["latency_ms"] for costs, *_ in prices]
+                found += [each["latency_ms"] for each in costs]
             elif name == "worst_ratio":
-                found.append(max(cost / budget.bound for budget, cost in self.bounded(prices) if budget.metric == "latency_ms"))
+                found.append(max(cost / budget.bound for budget, cost in self.bounded(costs) if budget.metric == "latency_ms"))
             else:
-                found.append(max(costs[name] for costs, *_ in prices))
+                found.append(max(each[name] for each in costs))
         return found
 
-    def bounded(self, prices: Sequence[Price]) -> list[tuple[Budget, float]]:
+    def values(self, costs: Costs, score: Score | None) -> list[float]:
+        """The same in numbers: an error that is not known is very bad."""
+        return [UNKNOWN if value is None else value for value in self.objectives(costs, score)]
+
+    def bounded(self, costs: Costs) -> list[tuple[Budget, float]]:
         """Every budget of a cost, with the cost."""
         index = {pricing.target.id: i for i, pricing in enumerate(self.pricings)}
-        return [(b, prices[index.get(b.target, 0)][0][b.metric]) for b in self.budgets if b.metric in prices[0][0]]
+        return [(b, costs[index.get(b.target, 0)][b.metric]) for b in self.budgets if b.metric in costs[0]]
 
-    def over(self, prices: Sequence[Price]) -> float:
+    def over(self, costs: Costs) -> float:
         """Sum of relative excesses over the cost budgets."""
-        return sum(max(0.0, cost / budget.bound - 1) for budget, cost in self.bounded(prices))
+        return sum(max(0.0, cost / budget.bound - 1) for budget, cost in self.bounded(costs))
 
     def named(self, budget: Budget) -> str:
         """The target a budget is for, as it may be written; empty where there is one."""
@@ -183,28 +278,57 @@ def _by(scored: Any) -> tuple[str, str, str]:
     return (scored.evaluator_digest, scored.split_digest, scored.weights_digest)
 
 
-def _evaluate(point: Candidate, prices: Sequence[Price], evaluator: Evaluator, known: Known, foreign: Differences) -> Evaluation:
-    """With the journal's score where the same network with the same precisions was ever scored, else scored now; on every target."""
-    scores, seconds = [], 0.0
-    for number, (target, genes) in enumerate(point.precision):
-        key = (point.architecture, genes, evaluator.digest, evaluator.split_digest, evaluator.weights_digest)
-        if key not in known.scores:
-            began = time.monotonic()
-            score = (evaluator if number == 0 else evaluator.on(target)).score(point)
-            known.scores[key] = (score, time.monotonic() - began)
-        scores.append(known.scores[key][0])
-        seconds += known.scores[key][1]
-    (_, latency, size, parameters, macs), *others = prices
-    elsewhere = tuple(
-        Elsewhere(target=target, score=score, latency=price[1], size_bytes=price[2])
-        for (target, _), score, price in zip(point.precision[1:], scores[1:], others, strict=True)
-    )
-    evaluation = Evaluation(
-        candidate=point, score=scores[0], latency=latency, size_bytes=size, parameters=parameters, macs=macs, seconds=seconds,
-        elsewhere=elsewhere, foreign=foreign,
-    )  # fmt: skip
-    known.record(evaluation)
-    return evaluation
+@dataclass(frozen=True)
+class Scoring:
+    """Scores what the journal does not have, through an executor, and writes each evaluation there as soon as it is whole."""
+
+    evaluator: Evaluator
+    executor: Executor
+    known: Known
+    foreign: Differences
+
+    def __call__(self, prices: Mapping[Candidate, Sequence[Priced]], go_on: Callable[[], bool]) -> Iterator[Evaluation]:
+        """Evaluations as they come in, until `go_on` says no; the same network with the same precisions is scored once."""
+        jobs: dict[Any, Job] = {}
+        wanted = {point: self._keys(point) for point in prices}
+        for point, keys in wanted.items():
+            for number, (key, (target, _)) in enumerate(zip(keys, point.precision, strict=True)):
+                if key not in self.known.scores:
+                    jobs.setdefault(key, Job(candidate=point, target=target if number else ""))
+        order = list(jobs)
+        waiting = dict(prices)
+        yield from self._whole(waiting, wanted, go_on)
+        for index, score, seconds in self.executor.score_all(tuple(jobs.values()), go_on):
+            self.known.scores[order[index]] = (score, seconds)
+            yield from self._whole(waiting, wanted)
+
+    def _whole(
+        self, waiting: dict[Candidate, Sequence[Priced]], wanted: Mapping[Candidate, Sequence[Any]], go_on: Callable[[], bool] | None = None
+    ) -> Iterator[Evaluation]:  # fmt: skip
+        """Evaluations of those that have all their scores; they wait no longer."""
+        for point in [p for p in waiting if all(key in self.known.scores for key in wanted[p])]:
+            if go_on and not go_on():
+                return
+            yield self._evaluation(point, waiting.pop(point), [self.known.scores[key] for key in wanted[point]])
+
+    def _keys(self, point: Candidate) -> list[Any]:
+        """What decides the score on each target."""
+        by = (self.evaluator.digest, self.evaluator.split_digest, self.evaluator.weights_digest)
+        return [(point.architecture, genes, *by) for _, genes in point.precision]
+
+    def _evaluation(self, point: Candidate, prices: Sequence[Priced], scores: Sequence[tuple[Score, float]]) -> Evaluation:
+        (_, latency, size, parameters, macs), *others = prices
+        (score, seconds), *there = scores
+        elsewhere = tuple(
+            Elsewhere(target=target, score=s, latency=price[1], size_bytes=price[2])
+            for (target, _), (s, _), price in zip(point.precision[1:], there, others, strict=True)
+        )
+        evaluation = Evaluation(
+            candidate=point, score=score, latency=latency, size_bytes=size, parameters=parameters, macs=macs,
+            seconds=seconds + sum(took for _, took in there), elsewhere=elsewhere, foreign=self.foreign,
+        )  # fmt: skip
+        self.known.record(evaluation)
+        return evaluation
 
 
 def _drop_violation(e: Evaluation | None, baseline: Score, budgets: tuple[Budget, ...]) -> float:
@@ -216,9 +340,24 @@ def _drop_violation(e: Evaluation | None, baseline: Score, budgets: tuple[Budget
 
 def _trace(matrix: np.ndarray[Any, Any]) -> tuple[tuple[int, float], ...]:
     """Hypervolume after each scored candidate, against the worst value of each objective."""
-    worst = matrix.max(axis=0)
-    reference = worst + np.maximum(np.abs(worst), 1e-9) * 0.01
-    return tuple((n, float(pareto.hypervolume(matrix[:n], reference))) for n in range(1, len(matrix) + 1))
+    corner = reference(matrix)
+    return tuple((n, float(pareto.hypervolume(matrix[:n], corner))) for n in range(1, len(matrix) + 1))
+
+
+def _standing(scored: Sequence[Evaluation], matrix: np.ndarray[Any, Any], new: int, aim: Aim, most: int) -> Standing:
+    """What is to be said of a search after a batch in which the last `new` candidates were scored."""
+    front = sorted((scored[i] for i in pareto.front(matrix)), key=lambda e: (e.latency.value, -gain(worst(e))))
+    volume = f"hypervolume {pareto.hypervolume(matrix, reference(matrix)):.4g}"
+    if new < len(scored):
+        volume += f" ({100 * growth(matrix, len(scored) - new):+.1f} % by the last batch)"
+    labels = [label(pricing.target) for pricing in aim.pricings]
+    latencies = [f"ms on {name}" for name in labels] if len(labels) > 1 else ["ms"]
+    rows = []
+    for e in front:
+        ms = [f"{latency.value:.3g}" for latency in (e.latency, *(there.latency for there in e.elsewhere))]
+        rows.append((*ms, f"{worst(e).value:.2f}", f"{e.size_bytes / 1e6:.3g}"))
+    headline = f"{len(scored)} of {most} scored, {volume}, {len(front)} on the front"
+    return Standing(headline, (*latencies, scored[0].score.metric, "MB"), tuple(rows))
 
 
 def _unaffordable(nearest: Any, aim: Aim, space: SearchSpace) -> BudgetError:
@@ -226,14 +365,14 @@ def _unaffordable(nearest: Any, aim: Aim, space: SearchSpace) -> BudgetError:
     asked = ", ".join(" ".join(filter(None, (b.metric, "≤", f"{b.bound:g}", aim.named(b) and f"on {aim.named(b)}"))) for b in costs)
     if nearest is None:
         return BudgetError(f"no candidate could be tried within {asked}", hint="raise `--time`")
-    _, point, prices = nearest
-    many = len(prices) > 1
-    found = [", ".join(f"{name} {value:.3g}" for name, value in costs.items()) for costs, *_ in prices]
+    _, point, spent = nearest
+    many = len(spent) > 1
+    found = [", ".join(f"{name} {value:.3g}" for name, value in costs.items()) for costs in spent]
     if many:
         found = [f"{label(p.target)}: {text}" for p, text in zip(aim.pricings, found, strict=True)]
     detail = f"nearest: {'; '.join(found)} ({_shape(point)})"
     changes = []
-    for b, cost in aim.bounded(prices):
+    for b, cost in aim.bounded(spent):
         if cost > b.bound:
             on = f"{aim.named(b)}=" if many and b.metric == "latency_ms" else ""
             changes.append(f"`--{b.metric.replace('_', '-')}` to {on}{_ceil(cost):.3g}")
@@ -269,5 +408,3 @@ def _shape(point: Candidate) -> str:
     for name, value in point.architecture:
         widths.setdefault(name.rpartition(".")[2], []).append(value)
     return ", ".join(f"{name}={'/'.join(map(str, values))}" for name, values in widths.items())
-
-

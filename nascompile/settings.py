@@ -72,7 +72,8 @@ class SearchSettings(Record, frozen=True):
     """What is searched, how long, and how a candidate is scored."""
 
     searcher: str = "nsga2"
-    """What proposes candidates."""
+    """What proposes candidates: ehvi needs the fewest scores (docs/method.md); nsga2, and nsga3 for three and more objectives, breed;
+    linas breeds on predictions, linas-table on predicted scores and known costs; mip solves for sums of single changes' damages."""
     objectives: tuple[str, ...] = ("error", "latency_ms")
     """Two or more of error, latency_ms, size_mb, macs_m, worst_ratio; all minimized. With several devices error and size_mb are the worst
     over them, latency_ms is an objective for each; worst_ratio is the largest latency relative to its budget, one for all devices."""
@@ -82,8 +83,16 @@ class SearchSettings(Record, frozen=True):
     tables: weight-int8."""
     evaluations: int = 96
     """Candidates scored at most."""
+    patience: int = 0
+    """Batches without a better hypervolume (by more than 0.1 %) after which the search ends; 0: it does not end for that."""
     population: int = 16
     """Candidates proposed at a time."""
+    workers: int = 0
+    """Processes that score, each on one thread: how long the search takes, not what it finds. 1: this one alone. 0: one for every core, at
+    most 8, once scoring has shown to take longer than starting them."""
+    ray: str = ""
+    """Address of a Ray cluster (`auto`, `HOST:PORT`, `ray://HOST:PORT`) that scores with so many workers; 0 of them: one for each of its
+    processors."""
     calibration_samples: int = 128
     """Samples that a candidate's activation ranges are taken from."""
     validation_samples: int = 0
@@ -257,6 +266,8 @@ def check(recipe: Recipe) -> Recipe:
         ("finetune.accumulation", f.accumulation, f.accumulation >= 1, "at least 1"),
         ("finetune.ema_decay", f.ema_decay, 0 <= f.ema_decay < 1, "0 (none) or more, below 1"),
         ("search.evaluations", s.evaluations, s.evaluations >= 1, "at least 1"),
+        ("search.patience", s.patience, s.patience >= 0, "0 (never) or more"),
+        ("search.workers", s.workers, s.workers >= 0, "0 (as many as are of use) or more"),
         ("search.population", s.population, s.population >= 2, "at least 2"),
         ("search.calibration_samples", s.calibration_samples, s.calibration_samples >= 1, "at least 1"),
         ("search.objectives", s.objectives, objectives, f"two or more of {', '.join(OBJECTIVES)}"),
@@ -282,7 +293,7 @@ def check(recipe: Recipe) -> Recipe:
     if recipe.budgets in (Budgets(), Budgets(latency_ms={})):
         faults.append("no budget: give at least one of --max-drop, --latency-ms, --size-mb, --macs-m")
     for folder, name in (("tasks", recipe.task), ("recipes", f.recipe), ("searchers", s.searcher)):
-        if name not in plugins.names(folder):
+        if name.replace("-", "_") not in plugins.names(folder):
             faults.append(f"{folder.rstrip('s')} = {name}: one of {', '.join(plugins.names(folder))}")
     if not faults and recipe.metric and recipe.metric not in (known := plugins.get("tasks", recipe.task).metrics):
         faults.append(f"metric = {recipe.metric}: one of {', '.join(known)}")

@@ -200,11 +200,16 @@ class FakeQuantizer:
     def __call__(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if name not in self.schemes:
             return plain(name, x, weight, bias)
-        if name not in self._weights:
-            self._weights[name] = on_grid(self.schemes[name], weight)
+        rounded = self.weight(name, weight)
         if x.is_floating_point() and self.schemes[name].precision.activations.kind == "int":
             x = self._activation(name, x)
-        return plain(name, x, self._weights[name], bias)
+        return plain(name, x, rounded, bias)
+
+    def weight(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """What the engine multiplies by, as floats: computed at a product's first call."""
+        if name not in self._weights:
+            self._weights[name] = on_grid(self.schemes[name], weight)
+        return self._weights[name]
 
     def _activation(self, name: str, x: torch.Tensor) -> torch.Tensor:
         if self._last is None or self._last[0] is not x:  # query, key and value read one tensor

@@ -128,7 +128,41 @@
       layout({showlegend: false, xaxis: axis("candidates scored", {rangemode: "tozero"}), yaxis: axis("hypervolume")})];
   }
 
-  const charts = {front, prediction, agreement, operators, search};
+  const GENES = 24;
+  function genes() {
+    const x = facts.explain, most = g => g.ms.reduce((a, b) => a + b, 0);
+    const largest = [Math.max(...x.genes.map(g => g.points)) || 1, Math.max(...x.genes.map(most)) || 1];
+    const weight = g => Math.max(g.points / largest[0], most(g) / largest[1]);
+    const shown = [...x.genes].sort((a, b) => weight(b) - weight(a)).slice(0, GENES).reverse(), names = shown.map(g => text(g.gene));
+    const bars = (name, values, axes, which, pattern, unit) => ({
+      type: "bar", orientation: "h", name, y: names, x: values, ...axes, marker: {color: colour(which), pattern: {shape: pattern, fillmode: "overlay", fgcolor: colour("card"), size: 6, solidity: 0.25}},
+      hovertext: values.map((v, i) => `<b>${names[i]}</b><br>${name}: ${fixed(v, 3)} ${unit}`), hoverinfo: "text", textposition: "none",
+    });
+    const traces = [bars(`${text(x.metric)} (predicted)`, shown.map(g => g.points), {}, "accent", "", "points")];
+    x.targets.forEach((on, i) => traces.push(bars(`latency${text(on)} (table)`, shown.map(g => g.ms[i]), {xaxis: "x2"}, ["second", "third", "fourth"][i % 3], ["/", "x", "."][i % 3], "ms")));
+    const box = document.getElementById("plot-genes");
+    box.style.height = `${Math.max(260, 22 * names.length * (narrow() ? 1.1 : 1) + 120)}px`;
+    return [traces, layout({
+      barmode: "group", bargap: 0.3, yaxis: axis("", {type: "category", showgrid: false, dtick: 1}),
+      xaxis: axis(narrow() ? "points" : `${text(x.metric)}, points`, {domain: [0, 0.47], rangemode: "tozero"}),
+      xaxis2: axis(narrow() ? "ms" : "latency, ms", {domain: [0.53, 1], rangemode: "tozero", anchor: "y"}),
+    })];
+  }
+
+  function thinned() {
+    const x = facts.explain, traces = [], edge = 0.7 * Math.max(...x.layers.map(t => t.ms[0]));
+    for (const [kind, symbol] of [["predicted", "circle-open"], ["scored", "circle"]]) {
+      const rows = x.layers.filter(t => t.kind === kind).sort((a, b) => a.points - b.points);  // layers alike save alike: names beside each other
+      if (rows.length) traces.push({
+        type: "scatter", mode: "markers+text", name: `loss ${kind}`, x: rows.map(t => t.ms[0]), y: rows.map(t => t.points), text: rows.map(t => text(t.title)), textposition: rows.map((t, i) => i % 2 || t.ms[0] > edge ? "middle left" : "middle right"), cliponaxis: false,
+        error_y: {type: "data", array: rows.map(t => t.spread ?? 0), color: colour("accent"), thickness: 1, width: 3}, marker: {symbol, size: 10, color: colour("accent"), line: {width: 1.5}},
+        hovertext: rows.map(t => `<b>${text(t.title)}</b><br>${wrap(t.change)}<br>${t.points >= 0 ? "loses" : "gains"} ${fixed(Math.abs(t.points), 2)} points` + (t.spread === null ? " (scored)" : ` ± ${fixed(t.spread, 2)} (predicted)`) + t.ms.map((v, i) => `<br>saves ${fixed(v, 3)} ms${text(x.targets[i])} (table)`).join("")), hoverinfo: "text",
+      });
+    }
+    return [traces, layout({xaxis: axis(`ms saved${text(x.targets[0])} (table)`, {rangemode: "tozero"}), yaxis: axis(`${text(x.metric)} lost, points`)})];
+  }
+
+  const charts = {front, prediction, agreement, operators, search, genes, thinned};
   (facts.devices ? facts.devices.devices : []).forEach((_, number) => { charts[`device-${number}`] = device(number); });
   function draw() {
     for (const [name, make] of Object.entries(charts)) {

@@ -1,22 +1,51 @@
-"""A searcher proposes candidates and is told what they cost: ask and tell, all objectives minimized."""
+"""A searcher asks for candidates to be scored and is told what came out: ask and tell, all objectives minimized.
+
+What costs nothing to know (latency from a table, size, MACs) is known of any candidate beforehand; what is scarce is scoring.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from nascompile.records import Candidate, SearchSpace
 
 
+@dataclass(frozen=True)
+class Price:
+    """What is known of a candidate without scoring it."""
+
+    objectives: tuple[float | None, ...]
+    """In the order of the problem's; None where only a score tells."""
+    over: float = 0.0
+    """Sum of relative excesses over the budgets of costs; a candidate with any is never scored."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is searched, and what is known of it for nothing."""
+
+    space: SearchSpace
+    objectives: int
+    price: Callable[[Candidate], Price]
+    bounded: bool = False
+    """Whether costs have budgets: without, no price is over."""
+
+
 class Run(Protocol):
     def ask(self) -> tuple[Candidate, ...]:
-        """The next candidates, different from all earlier ones; none when the space is exhausted."""
+        """The next candidates, at most a population of them, different from all earlier ones; none when the search has ended."""
 
     def tell(self, points: tuple[Candidate, ...], objectives: Any, violations: Any) -> None:
-        """Objectives (n, m) and constraint violations (n,), 0 where every budget is met, of the candidates asked for."""
+        """Objectives (n, m) and constraint violations (n,), 0 where every budget is met, of the candidates asked for.
+
+        What a candidate over a cost's budget would score is not known: it counts as very bad.
+        """
 
 
 class Searcher(Protocol):
     name: str
 
-    def start(self, space: SearchSpace, objectives: int, population: int, first: tuple[Candidate, ...], seed: int) -> Run:
+    def start(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> Run:
         """A search that begins with some of the `first` candidates; the same arguments give the same candidates."""

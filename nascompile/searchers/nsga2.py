@@ -10,22 +10,24 @@ from pymoo.core.duplicate import DuplicateElimination
 from pymoo.core.evaluator import Evaluator
 from pymoo.core.mutation import Mutation
 from pymoo.core.population import Population
-from pymoo.core.problem import Problem
+from pymoo.core.problem import Problem as Vectors
 from pymoo.operators.crossover.ux import UniformCrossover
 from pymoo.problems.static import StaticProblem
 
 from nascompile import space as spaces
 from nascompile.records import Candidate, SearchSpace
+from nascompile.searchers import Problem
 
 CROSSOVER = 0.9
 
 
 class Nsga2Run:
-    def __init__(self, space: SearchSpace, objectives: int, population: int, first: tuple[Candidate, ...], seed: int) -> None:
+    def __init__(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> None:
+        space, objectives = problem.space, problem.objectives
         self.space = space
         slots = [spaces.slot_gene(space, slot).choices for slot in spaces.gene_names(space)]
         top = np.array([len(choices) - 1 for choices in slots])
-        self.problem = Problem(n_var=len(top), n_obj=objectives, n_ieq_constr=1, xl=np.zeros(len(top)), xu=top, vtype=int)
+        self.problem = Vectors(n_var=len(top), n_obj=objectives, n_ieq_constr=1, xl=np.zeros(len(top)), xu=top, vtype=int)
         self.seen: set[Candidate] = set()
         self.size, self.rng = spaces.size(space), np.random.default_rng(seed)
         start = _start(space, population, first, self.rng, self.size)
@@ -113,8 +115,8 @@ class _Unseen(DuplicateElimination):  # type: ignore[misc]
 class Nsga2:
     name = "nsga2"
 
-    def start(self, space: SearchSpace, objectives: int, population: int, first: tuple[Candidate, ...], seed: int) -> Nsga2Run:
-        return Nsga2Run(space, objectives, population, first, seed)
+    def start(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> Nsga2Run:
+        return Nsga2Run(problem, population, first, seed)
 
 
 PLUGIN = Nsga2()

@@ -9,7 +9,8 @@ import numpy as np
 from pymoo.algorithms.moo.nsga3 import NSGA3
 from pymoo.util.ref_dirs import get_reference_directions
 
-from nascompile.records import Candidate, SearchSpace
+from nascompile.records import Candidate
+from nascompile.searchers import Problem
 from nascompile.searchers.nsga2 import Nsga2Run
 
 
@@ -31,8 +32,8 @@ def directions(objectives: int, most: int) -> np.ndarray[Any, Any]:
 class Nsga3:
     name = "nsga3"
 
-    def start(self, space: SearchSpace, objectives: int, population: int, first: tuple[Candidate, ...], seed: int) -> Nsga3Run:
-        return Nsga3Run(space, objectives, population, first, seed)
+    def start(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> Nsga3Run:
+        return Nsga3Run(problem, population, first, seed)
 
 
 PLUGIN = Nsga3()

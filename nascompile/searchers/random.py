@@ -8,6 +8,7 @@ import numpy as np
 
 from nascompile import space as spaces
 from nascompile.records import Candidate, SearchSpace
+from nascompile.searchers import Problem
 
 TRIES = 200
 
@@ -34,8 +35,8 @@ class RandomRun:
 class Random:
     name = "random"
 
-    def start(self, space: SearchSpace, objectives: int, population: int, first: tuple[Candidate, ...], seed: int) -> RandomRun:
-        return RandomRun(space, population, first[:2], seed)
+    def start(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> RandomRun:
+        return RandomRun(problem.space, population, first[:2], seed)
 
 
 PLUGIN = Random()

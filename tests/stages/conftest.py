@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 
 from nascompile import places
+from nascompile.data import DataSettings
 from nascompile.settings import Budgets, FinetuneSettings, MeasureSettings, Recipe, SearchSettings
 
 
@@ -60,3 +65,46 @@ def toy_csv() -> Any:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def trained(quick: Recipe, toy_csv: Any, into: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe]:
+    """(folder of a run that comes to its search next, its recipe). Scoring a candidate takes long enough to be killed in."""
+    from nascompile import pipeline
+
+    with pytest.MonkeyPatch.context() as patch:
+        folder = into(tmp_path_factory.mktemp("trained"), patch)
+        toy_csv(Path("toy.csv"), samples=14_000)
+        recipe = msgspec.structs.replace(
+            quick,
+            data=DataSettings(data=str(folder / "toy.csv"), validation_size=12_000, test_size=400),
+            finetune=msgspec.structs.replace(quick.finetune, teacher_epochs=1),
+            search=msgspec.structs.replace(quick.search, evaluations=40, population=10),
+        )
+        pipeline.run(recipe, Path("run"), until="finetune")
+        return folder, recipe
+
+
+@pytest.fixture
+def work(trained: tuple[Path, Recipe], tmp_path: Path, into: Any, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """The recipe; the working folder is a copy of that one."""
+    shutil.copytree(trained[0], tmp_path / "work")
+    into(tmp_path / "work", monkeypatch)
+    return trained[1]
+
+
+@pytest.fixture
+def bare(work: Recipe) -> Any:
+    """What workers of that run's search are given (`bench`), what scores in this process (`evaluator`), and 40 `jobs`."""
+    from nascompile import pipeline, space as spaces
+    from nascompile.progress import Silent
+    from nascompile.worker import Job
+
+    run = Path("run").resolve()
+    context = pipeline.Context(work, run, Silent(), pipeline.Given())
+    evaluator, bench = context.evaluator(run / "supernet", "minmax"), context._bench("minmax")
+    rng = np.random.default_rng(0)
+    points: dict[Any, None] = {}
+    while len(points) < 40:
+        points[spaces.sample(context.space, rng)] = None
+    return SimpleNamespace(bench=bench, evaluator=evaluator, jobs=tuple(Job(candidate=point) for point in points))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from nascompile import cli, cuda_driver, engine, network, pipeline, plugins, records
+from nascompile import beside, cli, cuda_driver, engine, network, pipeline, plugins, records
 from nascompile.errors import RecipeError, RecordError, UnsupportedError
 from nascompile.records import EngineManifest, Front, load
 from nascompile.settings import Recipe
@@ -87,7 +87,7 @@ def test_architecture_stays_and_precisions_become_the_gpus(run: Path, number: in
     searched = load(run / "front.json", Front).evaluations[number - 1].candidate
     kinds = Counter(name for _, genes in searched.precision for _, name in genes)
     for precision, integer in (("as-searched", kinds["int8"]), ("fp16", 0), ("int8", sum(kinds.values()))):
-        folder = pipeline.build_candidate(run, number, device=GPU, precision=precision)
+        folder = beside.build_candidate(run, number, device=GPU, precision=precision)
         assert folder.name == f"front-{number}-{GPU}" + ("" if precision == "as-searched" else f"-{precision}")
         manifest = engine.read_manifest(folder)
         assert manifest.candidate
@@ -102,7 +102,7 @@ def test_architecture_stays_and_precisions_become_the_gpus(run: Path, number: in
 
 def test_an_engine_nobody_ran_is_checked_where_its_gpu_is(run: Path, number: int, gpu: Any) -> None:
     gpu(status=100)
-    folder = pipeline.build_candidate(run, number, device=GPU)
+    folder = beside.build_candidate(run, number, device=GPU)
     assert engine.verify(folder)[-1].detail.startswith("NOT RUN, neither here nor where it was built: no CUDA device")
     with pytest.raises(UnsupportedError, match="no CUDA-capable device"):
         engine.load(folder)
@@ -122,7 +122,7 @@ def test_an_engine_nobody_ran_is_checked_where_its_gpu_is(run: Path, number: int
 
 def test_its_sample_is_what_the_emulated_network_gives(run: Path, number: int, gpu: Any) -> None:
     gpu(status=100)
-    folder = pipeline.build_candidate(run, number, device=GPU)
+    folder = beside.build_candidate(run, number, device=GPU)
     manifest = engine.read_manifest(folder)
     assert manifest.candidate
     assert manifest.space
@@ -137,23 +137,23 @@ def test_its_sample_is_what_the_emulated_network_gives(run: Path, number: int, g
 
 def test_where_the_gpu_is_the_engine_is_run_and_then_left_alone(run: Path, number: int, gpu: Any) -> None:
     gpu(status=100)
-    folder = pipeline.build_candidate(run, number, device=GPU)
+    folder = beside.build_candidate(run, number, device=GPU)
     inode = (folder / "manifest.json").stat().st_ino
-    pipeline.build_candidate(run, number, device=GPU)
+    beside.build_candidate(run, number, device=GPU)
     assert (folder / "manifest.json").stat().st_ino == inode
     gpu()
-    pipeline.build_candidate(run, number, device=GPU)
+    beside.build_candidate(run, number, device=GPU)
     manifest = engine.read_manifest(folder)
     assert manifest.executed, "an engine that was never run is built again where it can be"
     assert manifest.remarks == ()
     assert "inspector.json" in {name for name, _ in manifest.files}
-    other = pipeline.build_candidate(run, number, device=GPU, backend="tensorrt")
+    other = beside.build_candidate(run, number, device=GPU, backend="tensorrt")
     assert other.name == f"front-{number}-{GPU}-tensorrt"
     assert engine.verify(other)
 
 
 def test_manifests_from_before_are_of_engines_that_were_run(run: Path, number: int, tmp_path: Path) -> None:
-    folder = pipeline.build_candidate(run, number)
+    folder = beside.build_candidate(run, number)
     body = json.loads((folder / "manifest.json").read_text())
     del body["data"]["executed"], body["data"]["remarks"]
     (folder / "manifest.json").write_text(json.dumps(body))
@@ -185,7 +185,7 @@ def test_what_cannot_be_built_is_refused_before_any_work(
     text = f'kind = "cuda"\nbackends = ["tensorrt_rtx", "tensorrt"]\ncompute_capability = "{profile}"\n'
     (run.parent / "profiles" / "board.toml").write_text(text)
     with pytest.raises(UnsupportedError, match=says):
-        pipeline.build_candidate(run, number, device="board", **arguments)
+        beside.build_candidate(run, number, device="board", **arguments)
     assert not (run / "engines").exists()
 
 
@@ -196,11 +196,11 @@ def _forbidden(*_: object) -> None:
 def test_precisions_that_another_device_lacks_are_refused(run: Path, number: int, gpu: Any) -> None:
     gpu(status=100)
     with pytest.raises(RecipeError, match="unknown precision of a build: int4") as raised:
-        pipeline.build_candidate(run, number, device=GPU, precision="int4")
+        beside.build_candidate(run, number, device=GPU, precision="int4")
     assert raised.value.hint.startswith("known: as-searched, fp16, int8, int8-dynamic, int8-symmetric, weight-int4-block128")
     with pytest.raises(UnsupportedError, match="`fake` cannot run embedding in fp16: the fake backend knows fp32, int8, int8-dynamic"):
-        pipeline.build_candidate(run, number, precision=network.HALF)
-    folder = pipeline.build_candidate(run, number, precision="int8")  # which it has
+        beside.build_candidate(run, number, precision=network.HALF)
+    folder = beside.build_candidate(run, number, precision="int8")  # which it has
     assert folder.name == f"front-{number}-fake-int8"
     assert engine.read_manifest(folder).executed
 

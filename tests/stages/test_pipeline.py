@@ -18,7 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 import nascompile
-from nascompile import cli, data, engine, pipeline, plugins, records
+from nascompile import beside, cli, data, engine, pipeline, plugins, records
 from nascompile.errors import DataError, RecipeError, RecordError, UnsupportedError
 from nascompile.families.toy import ToyConfig, demo_data
 from nascompile.journal import read as read_journal
@@ -326,7 +326,7 @@ def test_a_run_folder_belongs_to_one_process_until_it_dies(quick: Recipe, tmp_pa
         with pytest.raises(RecordError, match="another process is working in this run folder: run"):
             pipeline.run(quick, Path("run"), until="data")
         with pytest.raises(RecordError, match="another process"):
-            pipeline.build_candidate(Path("run"), 1)
+            beside.build_candidate(Path("run"), 1)
         assert load(Path("run/recipe.json"), Recipe) != quick  # still the other's
         other.send_signal(signal.SIGKILL)
     shutil.rmtree("run/stages", ignore_errors=True)
@@ -361,7 +361,7 @@ def test_what_each_pass_does_is_kept_beside_the_engines(copy: Path) -> None:
 
 def test_a_candidate_in_another_precision_for_the_same_device(copy: Path) -> None:
     precision = "int8-dynamic"
-    folder = pipeline.build_candidate(copy, 1, precision=precision)
+    folder = beside.build_candidate(copy, 1, precision=precision)
     assert folder.name == f"front-1-fake-{precision}"
     manifest = load(folder / "manifest.json", EngineManifest)
     assert {name for name, _ in manifest.precision_counts} == {"fp32", precision}
@@ -382,18 +382,18 @@ def test_precisions_of_the_search_can_be_changed_without_training_again(copy: Pa
 
 def test_one_more_candidate_of_a_front(copy: Path, performed: list[str]) -> None:
     front = load(copy / "front.json", Front)
-    folder = pipeline.build_candidate(copy, len(front.evaluations))
+    folder = beside.build_candidate(copy, len(front.evaluations))
     manifest = load(folder / "manifest.json", EngineManifest)
     assert folder == copy / "engines" / f"front-{len(front.evaluations)}"
     assert manifest.candidate == front.evaluations[-1].candidate
     assert engine.verify(folder)
     inode = (folder / "manifest.json").stat().st_ino
-    assert pipeline.build_candidate(copy, len(front.evaluations)) == folder
+    assert beside.build_candidate(copy, len(front.evaluations)) == folder
     assert (folder / "manifest.json").stat().st_ino == inode  # built once
     assert performed == []
     for number in (0, len(front.evaluations) + 1):
         with pytest.raises(RecipeError, match=f"no such candidate: {number}"):
-            pipeline.build_candidate(copy, number)
+            beside.build_candidate(copy, number)
 
 
 def test_a_plan_says_what_is_left_and_touches_nothing(copy: Path, quick: Recipe, tmp_path: Path) -> None:
@@ -454,7 +454,7 @@ def test_compile_takes_objects_and_leaves_a_run(quick: Recipe, performed: list[s
         compile_toy(quick, samples=380)
     assert numbers(compile_toy(quick)) == numbers(made)
 
-    folder = pipeline.build_candidate(made.run, 1)  # without the model in memory
+    folder = beside.build_candidate(made.run, 1)  # without the model in memory
     assert engine.verify(folder)
     assert not list(Path("run").glob(".*"))
 

@@ -19,8 +19,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from nascompile import journal
-from nascompile.records import Choice, Elsewhere, EngineManifest, Evaluation, Front, load, save
+from nascompile import explain, fronts, journal
+from nascompile.progress import Silent
+from nascompile.records import Candidate, Choice, Elsewhere, EngineManifest, Evaluation, Front, load, save
 from nascompile.report import report
 
 ROOT = Path(__file__).parents[2]
@@ -172,6 +173,22 @@ def shared_page(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return report(run)[0]
 
 
+@pytest.fixture(scope="module")
+def explained_page(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run with what its search has learned; latencies of two made-up devices."""
+    run = Path(shutil.copytree(page.parent, tmp_path_factory.mktemp("runs") / "explained"))
+    front = load(run / "front.json", Front)
+    scored = fronts.scored(run / "journal.jsonl", front)
+
+    def latencies(point: Candidate) -> tuple[float, float]:
+        widths = sum(value for name, value in point.architecture if name != "depth")
+        return 0.001 * widths, 0.2 * point.value("depth")
+
+    found = explain.explain(front.space, front, scored, latencies, 0, Silent())
+    save(msgspec.structs.replace(found, targets=("here", "<i>pi4</i>")), run / "explain.json")
+    return report(run)[0]
+
+
 CHARTS = {"plot-front", "plot-prediction", "plot-operators", "plot-agreement", "plot-search"}
 SCREENS = [(size, scheme) for size in (NARROW, WIDE) for scheme in ("light", "dark")]
 
@@ -192,6 +209,19 @@ def test_so_are_those_of_two_devices(browser: Browser, shared_page: Path, size: 
         "measured", "predicted",
     ]  # fmt: skip
     assert "not here, so predicted: its tables were taken on Cortex-A72" in browser.evaluate("document.body.textContent")
+
+
+@pytest.mark.parametrize("size", [NARROW, WIDE], ids=["narrow", "wide"])
+def test_so_are_those_of_what_was_learned(browser: Browser, explained_page: Path, size: tuple[int, int]) -> None:
+    check_page(browser, explained_page, size, "light", CHARTS | {"plot-genes", "plot-thinned"})
+    facts = json.loads((explained_page.parent / "report.json").read_text())["explain"]
+    bars = browser.evaluate("document.getElementById('plot-genes').data.map(t => t.x.length)")
+    assert bars == [min(24, len(facts["genes"]))] * 3
+    largest = browser.evaluate("document.getElementById('plot-genes').data.map(t => Math.max(...t.x))")
+    assert largest == [max(g["points"] for g in facts["genes"]), *(max(g["ms"][i] for g in facts["genes"]) for i in (0, 1))]
+    points = browser.evaluate("document.getElementById('plot-thinned').data.flatMap(t => t.y)")
+    assert sorted(points) == sorted(t["points"] for t in facts["layers"])
+    assert browser.evaluate("document.querySelector('#explain i')") is None
 
 
 def check_page(browser: Browser, page: Path, size: tuple[int, int], scheme: str, charts: set[str]) -> None:

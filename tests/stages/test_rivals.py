@@ -18,7 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 import nascompile
-from nascompile import cli, engine, measure, pipeline, plugins, report, targets, variants
+from nascompile import beside, cli, engine, measure, pipeline, plugins, report, targets, variants
 from nascompile.errors import UnsupportedError
 from nascompile.records import Choice, Correction, EngineManifest, Front, Measurement, load
 from nascompile.settings import Recipe
@@ -243,7 +243,7 @@ def test_a_candidate_of_another_run_can_be_given_to_all_backends(quick: Recipe, 
     inode = (folder / "manifest.json").stat().st_ino
     assert invoke("build", "run", "--candidate", 1, "--backend", "auto").exit_code == 0
     assert (folder / "manifest.json").stat().st_ino == inode
-    whole = pipeline.build_candidate(Path("run"), 1, backend="auto", precision="int8")
+    whole = beside.build_candidate(Path("run"), 1, backend="auto", precision="int8")
     assert load(whole / "manifest.json", EngineManifest).target.backend == "swift"
 
 
@@ -280,7 +280,7 @@ def test_auto_where_no_backend_runs_is_refused_before_any_work(quick: Recipe, ri
 def test_auto_for_a_gpu_that_is_not_here_is_refused(run: Path, gpu: Any) -> None:
     gpu(status=100)
     with pytest.raises(UnsupportedError, match="no backend that builds for `rtx-4090` runs here"):
-        pipeline.build_candidate(run, 1, device="rtx-4090", backend="auto")
+        beside.build_candidate(run, 1, device="rtx-4090", backend="auto")
 
 
 def test_an_unknown_setting_is_refused(elsewhere: Path) -> None:

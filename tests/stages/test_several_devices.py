@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nascompile import cli, engine, pipeline, report, space as spaces, targets
+from nascompile import beside, cli, engine, pipeline, report, space as spaces, targets
 from nascompile.accuracy import Evaluator
 from nascompile.errors import BudgetError, TableError, UnsupportedError
 from nascompile.journal import read as read_journal
@@ -308,7 +308,7 @@ def test_a_candidate_is_built_for_the_device_it_is_asked_for(run: Path) -> None:
     assert manifest.graph
     assert {f"{n.name}.precision": n.operator.precision.name for n in manifest.graph.nodes if f"{n.name}.precision" in own} == own
     assert manifest.predicted == e.elsewhere[0].latency
-    first = pipeline.build_candidate(run, number, device=INTS)
+    first = beside.build_candidate(run, number, device=INTS)
     assert first.name == f"front-{number}"
     assert load(first / "manifest.json", EngineManifest).predicted == e.latency
     kept = invoke("build", run, "--candidate", number, "--device", f"{FLOATS}:fake:1", "--keep-intermediate")
@@ -381,7 +381,7 @@ def test_predictions_stand_for_a_device_that_is_not_here_and_every_form_says_so(
     for name in ("report.md", "report.html"):
         assert f"not here, so predicted: {why}" in (run / name).read_text()
     with pytest.raises(UnsupportedError, match=f"cannot build for `{FAR}:fake:1`"):
-        pipeline.build_candidate(run, 1, device=FAR)
+        beside.build_candidate(run, 1, device=FAR)
 
 
 def test_its_budget_holds_by_prediction(far: Recipe) -> None:

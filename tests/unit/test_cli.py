@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 
 from nascompile import cli, engine, pipeline, records, settings
 from nascompile.errors import BudgetError
-from nascompile.progress import Lines, Pace, Progress, time_left
+from nascompile.progress import Lines, Pace, Progress, Standing, time_left
 from nascompile.records import INT8, Candidate, Environment, LatencyTable, Operator, Quantity, Residual, TableRow, Target, Workload
 from nascompile.settings import Budgets, Recipe
-from nascompile.terminal import Bars
+from nascompile.terminal import Bars, spread
 
 COMMAND = [sys.executable, "-m", "nascompile.cli"]
 
@@ -391,6 +391,8 @@ def narrate(progress: Progress):
     progress.stage("search", 4, 8)
     for done in range(4):
         progress.step("candidates [1]", done, 3)
+    progress.standing(Standing("3 of 9 scored, 2 on the front", ("ms", "f[1]"), (("1.5", "90.1"), ("2.5", "91.7"))))
+    progress.step("candidates [1]", 3, 3)
     progress.note("a [note] kept")
 
 
@@ -404,6 +406,8 @@ def test_both_kinds_of_progress_say_the_same():
         assert "a [note] kept" in text
         assert "candidates [1]" in text
         assert "left" in text
+        for part in ("3 of 9 scored, 2 on the front", "ms", "f[1]", "1.5", "90.1", "2.5", "91.7"):
+            assert part in text
     assert screen.getvalue().rindex("\x1b[?25h") > screen.getvalue().rindex("\x1b[?25l")  # the cursor is shown again
 
 
@@ -421,13 +425,41 @@ def test_the_time_left_is_what_the_units_so_far_took():
     assert pace.left("networks", 4, 4) is None
 
 
+def test_no_more_time_is_left_than_until_the_limit():
+    clock = iter([0.0, 10.0, 20.0, 30.0])
+    pace = Pace(lambda: next(clock))
+    assert pace.left("rows", 0, 10, 5.0) is None
+    assert pace.left("rows", 1, 10, 200.0) == pytest.approx(90.0)
+    assert pace.left("rows", 2, 10, 7.0) == 7.0
+    assert pace.left("rows", 3, 10, -2.0) == 0.0
+
+
+def test_what_was_found_is_said_now_and_then_its_ends_only(monkeypatch):
+    clock, stream = [100.0], io.StringIO()
+    monkeypatch.setattr("nascompile.progress.time.monotonic", lambda: clock[0])
+    lines = Lines(every=2.0, stream=stream)
+    for n in range(4):
+        lines.standing(Standing(f"{n} scored", ("ms", "accuracy"), tuple((str(i), str(90 + i)) for i in range(n))))
+        clock[0] += 6
+    assert stream.getvalue().splitlines() == ["      0 scored: ", "      2 scored: ms 0, accuracy 90; ms 1, accuracy 91"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 9, 10, 11, 57])
+def test_a_long_front_is_shown_in_part_with_both_its_ends(count):
+    rows = tuple((str(i),) for i in range(count))
+    shown = spread(rows, 10)
+    assert len(shown) == min(count, 10)
+    assert sorted(set(shown), key=rows.index) == list(shown)
+    assert shown[:1] + shown[-1:] == rows[:1] + rows[-1:]
+
+
 def test_time_left_is_written_for_a_person():
     assert [time_left(seconds) for seconds in (None, 4.4, 185.0)] == ["", ", 4 s left", ", 3 min 05 s left"]
 
 
 def test_both_kinds_of_progress_fit_the_contract():
     for kind in (Lines, Bars):
-        for name in ("stage", "step", "note"):
+        for name in ("stage", "step", "note", "standing"):
             assert list(inspect.signature(getattr(kind, name)).parameters) == list(inspect.signature(getattr(Progress, name)).parameters)
 
 

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from nascompile import cli, kit, kit_import, latency_table, network, pipeline, profiler, records, remote
+from nascompile import beside, cli, kit, kit_import, latency_table, network, profiler, records, remote
 from nascompile.errors import RecordError, TableError, UnsupportedError
 from nascompile.kit import KitManifest
 from nascompile.progress import Silent
@@ -27,7 +27,7 @@ def exported(tmp_path_factory):
     """A kit of the toy network; it was not run."""
     folder = tmp_path_factory.mktemp("kits")
     recipe = msgspec.structs.replace(toy_recipe(), device="cpu", backend="onnxruntime")
-    pipeline.export_kit(recipe, None, folder / "kit", processor="arm")
+    beside.export_kit(recipe, None, folder / "kit", processor="arm")
     return folder / "kit"
 
 
@@ -304,7 +304,7 @@ def test_an_unchanged_manifest_is_taken(changed):
 
 def test_a_kit_of_a_gpu_makes_a_table_of_it(tmp_path):
     recipe = msgspec.structs.replace(toy_recipe(), device="cpu", backend="onnxruntime")
-    made = pipeline.export_kit(recipe, None, tmp_path / "gpu", provider="cuda", networks=4)
+    made = beside.export_kit(recipe, None, tmp_path / "gpu", provider="cuda", networks=4)
     body = results(tmp_path / "gpu", made)
     gpu = [["gpu", "NVIDIA H100 80GB HBM3"], ["compute_capability", "9.0"], ["driver", "13.0"]]
     body["data"]["environment"]["device"] = gpu

@@ -24,11 +24,11 @@ ROWS: dict[str, tuple[str, ...]] = {
     "plug-ins": plugins.FOLDERS,
     "shared": (
         "settings", "targets", "network", "models", "supernet", "quantization_aware", "checkpoint", "lowering", "pass_check", "scoring",
-        "accuracy", "engine", "variants", "several", "fronts",
+        "accuracy", "engine", "variants", "several", "fronts", "stopping", "worker", "workers",
     ),
-    "stages": ("profiler", "finetune", "search", "build", "measure", "rerank", "report"),
+    "stages": ("profiler", "finetune", "search", "build", "measure", "rerank", "report", "explain"),
     "kits": ("kit", "kit_import", "kit_limits", "remote", "remote_device"),
-    "pipeline": ("pipeline",),
+    "pipeline": ("pipeline", "beside"),
     "surface": ("api", "terminal", "cli", "__main__"),
 }
 SEPARATE = ("stages", "plug-ins")
@@ -38,7 +38,7 @@ STANDALONE = ("run_template", "kit_template", "remote_agent")
 LIGHT = (
     "__init__", "errors", "records", "plugins", "space", "pareto", "network", "latency_table", "journal", "places", "settings", "data",
     "data_sources", "preprocess", "cli", "progress", "processes", "targets", "engine", "run_template",
-    "kit_template", "remote_agent", "cuda_driver", "table_check", "table_view",
+    "kit_template", "remote_agent", "cuda_driver", "table_check", "table_view", "stopping", "worker", "workers",
 )  # fmt: skip
 HEAVY = {"torch", "transformers", "onnxruntime", "openvino", "tensorrt", "ray", "accelerate", "datasets"}
 

@@ -368,3 +368,55 @@ def test_numbers_read_well() -> None:
     assert [signed(v) for v in (0.5, -0.5)] == ["+0.50", "−0.50"]
     assert [file_size(v) for v in (6400, 2_500_000)] == ["6.40 kB", "2.50 MB"]
     assert [duration(v) for v in (4.21, 65, 3725)] == ["4.2 s", "1 min 05 s", "1 h 02 min"]
+
+
+# ---------------------------------------------------------------------------------------------- how the search ended, what it learned
+
+
+def test_a_search_that_was_stopped_is_said_to_be(run: Path) -> None:
+    assert "stopped" not in summary(run)["tasks"][0]
+    assert all("stopped early" not in path.read_text() for path in report(run)[:2])
+    edit(run / "front.json", lambda body: body.update(stopped="no better hypervolume in 3 batches"))
+    assert summary(run)["tasks"][0]["stopped"] == "no better hypervolume in 3 batches"
+    for path in report(run)[:2]:
+        assert "It was stopped early: no better hypervolume in 3 batches." in path.read_text()
+
+
+def explanation(run: Path, **changes: Any) -> records.Explanation:
+    front = records.load(run / "front.json", records.Front)
+    found = records.Explanation(
+        front_digest=records.digest(front), metric="accuracy", model="ridge", r2=0.812, others=(("forest", 0.64),), trust="large ones only",
+        scored=40, targets=("synthetic-cpu",), base=front.evaluations[-1].candidate,
+        genes=(
+            records.GeneImportance(gene="layers.0.heads", points=0.25, ms=(0.125,)),
+            records.GeneImportance(gene="depth", points=1.5, ms=(0.0625,)),
+        ),
+        layers=(
+            records.Thinning(layer=-1, change="depth 6 to 5, without layer 4", points=0.7, spread=0.2, ms=(0.3,), kind="predicted"),
+            records.Thinning(layer=2, change="heads 5 to 2", points=-0.125, spread=None, ms=(0.1,), kind="scored"),
+        ),
+    )  # fmt: skip
+    return msgspec.structs.replace(found, **changes)
+
+
+def test_what_the_search_learned_is_in_the_report_with_its_r2(run: Path) -> None:
+    assert "explain" not in gather(run)
+    records.save(explanation(run), run / "explain.json")
+    found = gather(run)["explain"]
+    assert [g["gene"] for g in found["genes"]] == ["depth", "layers.0.heads"]
+    assert [(t["title"], t["kind"]) for t in found["layers"]] == [("Layer 3", "scored"), ("Fewer layers", "predicted")]
+    html, markdown, _ = report(run)
+    for text in (own_html(html.read_text()), markdown.read_text()):
+        assert "0.81" in text
+        assert "forest 0.64" in text
+        assert "large ones only" in text
+        assert "1.500" in text
+        assert "−0.12" in text
+        assert "+0.70" in text
+        assert "scored" in text
+
+
+def test_what_an_earlier_search_learned_is_not_shown(run: Path) -> None:
+    records.save(explanation(run, front_digest="of another front"), run / "explain.json")
+    assert "explain" not in gather(run)
+    assert "What the genes matter" not in report(run)[0].read_text()

@@ -57,7 +57,7 @@ def test_every_wrong_value_is_named_at_once(tmp_path):
     for part in ("threads = 0: at least 1", "finetune.batch_size = 0", "finetune.ce_weight = 1.5", "search.objectives", "budget"):
         assert part in detail
     assert "task = poetry: one of classification, regression" in detail
-    assert "searcher = luck: one of nsga2, nsga3, random" in detail
+    assert "searcher = luck: one of ehvi, linas, linas_table, mip, nsga2, nsga3, random" in detail
 
 
 @pytest.mark.parametrize(

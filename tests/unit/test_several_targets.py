@@ -97,6 +97,9 @@ class Prices:
     space: SearchSpace = SPACE
     foreign: tuple[()] = ()
 
+    def costs(self, point: Candidate) -> Any:
+        return self(point)[0]
+
     def __call__(self, point: Candidate) -> Any:
         ms = latency(point, self.target.id)
         int8 = sum(value == "int8" for _, value in dict(point.precision)[self.target.id])

@@ -1,0 +1,211 @@
+"""Beside a run: one more engine of its front, what its passes do, a kit for its model, whether a table still holds."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import nascompile
+from nascompile import build, explain, fronts, kit, kit_import, latency_table, models, network, plugins, profiler, space as spaces, targets
+from nascompile.backends import CrossCompiler
+from nascompile.errors import RecipeError, RecordError, UnsupportedError
+from nascompile.pass_check import PassCheck
+from nascompile.pipeline import DEVICES, EXPLAIN, Context, Given, locked, tuned
+from nascompile.progress import Progress, Silent
+from nascompile.records import EngineManifest, Environment, Evaluation, Explanation, Front, LatencyTable, Target, digest, load, save
+from nascompile.remote_device import RemoteDevice
+from nascompile.settings import Recipe
+
+
+def build_candidate(
+    out: Path, number: int, progress: Progress | None = None, device: str = "", backend: str = "", precision: str = network.AS_SEARCHED,
+    tune_session: bool | None = None,
+) -> Path:  # fmt: skip
+    """Build candidate `number` (from 1, cheapest first) of a finished front into `engines/front-<number>`; its folder.
+
+    `device` (NAME[:BACKEND[:THREADS]]), `backend`, `precision`: for another target than the run's, into `engines/front-<number>-<device>`,
+    say; for a further device of the search with the precisions that the candidate has there. Its device need not be here if the backend
+    can do without it; the manifest then says that the engine was not run. `tune_session`: None: as in the run.
+    """
+    wanted = targets.Named.parse(device) if device else targets.Named("")
+    device, backend = wanted.device, backend or wanted.backend
+    recipe = load(out / "recipe.json", Recipe)  # before the lock, which would make the folder
+    if tune_session is not None:
+        recipe = tuned(recipe, tune_session)
+    with locked(out):
+        front = load(out / "front.json", Front)
+        if not 1 <= number <= len(front.evaluations):
+            raise RecipeError(f"no such candidate: {number}", hint=f"the front of {out} has 1 to {len(front.evaluations)}")
+        e = front.evaluations[number - 1]
+        name = f"front-{number}"
+        if (device or backend) and front.also and precision == network.AS_SEARCHED:
+            text = f"{device or recipe.device}:{backend}:{wanted.threads or ''}"
+            if target := targets.find(text, (front.target, *front.also)):
+                return _build_searched(Context(recipe, out, progress or Silent(), Given()), e, target, number)
+        if device or backend or precision != network.AS_SEARCHED:
+            other = msgspec.structs.replace(
+                recipe, device=device or recipe.device, backend=backend or ("" if device else recipe.backend), also=(),
+                threads=wanted.threads or recipe.threads,
+            )  # fmt: skip
+            threads = f"t{wanted.threads}" if wanted.threads else ""
+            named = [name, other.device, backend, threads, "" if precision == network.AS_SEARCHED else precision]
+            context = Context(other, out, progress or Silent(), Given())
+            context.space = front.space
+            return _build_elsewhere(context, e, out / "engines" / "-".join(filter(None, named)), precision)
+        context = Context(recipe, out, progress or Silent(), Given())
+        return _build_searched(context, e, context.target, number)
+
+
+def explain_search(out: Path, progress: Progress | None = None) -> Explanation:
+    """What the scored candidates of a finished search say of its genes and layers; kept in `explain.json`, where the report finds it."""
+    recipe = load(out / "recipe.json", Recipe)
+    with locked(out):
+        front = load(out / "front.json", Front)
+        path = out / EXPLAIN
+        if path.is_file() and (found := load(path, Explanation)).front_digest == digest(front):
+            return found
+        context = Context(recipe, out, progress or Silent(), Given())
+        pricings = (context.pricing, *context.further_pricing)
+        scored = fronts.scored(out / "journal.jsonl", front)
+        found = explain.explain(
+            front.space, front, scored, lambda point: tuple(pricing(point)[0]["latency_ms"] for pricing in pricings), recipe.seed,
+            context.progress,
+        )  # fmt: skip
+        save(found, path)
+        return found
+
+
+def _build_searched(context: Context, e: Evaluation, target: Target, number: int) -> Path:
+    """The engine of a front's candidate for one of the devices it was searched for, with its own precisions there."""
+    if targets.label(target) == targets.label(context.target):
+        folder = context.out / "engines" / f"front-{number}"
+        if not context.is_built_here(folder, "supernet", e.candidate):
+            context.make(context.parts, context.sources["supernet"], e.candidate, folder.name, "candidate", e.latency, folder)
+        return folder
+    f = next(f for f in context.further if f.label == targets.label(target))
+    if f.absent:
+        raise UnsupportedError(f"cannot build for `{f.label}`: {f.absent}", hint="build on that device, from a copy of the run folder")
+    folder = context.out / "engines" / f"front-{number}-{f.file}"
+    context.build_there(f, folder.name, "candidate", "supernet", e.candidate, folder)
+    return folder
+
+
+def export_kit(
+    recipe: Recipe, run: Path | None, out: Path, progress: Progress | None = None, *, provider: kit.Provider = "cpu", processor: str = "",
+    threads: int = 0, max_length: int = 0, labels: int = 0, seconds: float = 0.0, networks: int = profiler.NETWORKS,
+) -> kit.KitManifest:  # fmt: skip
+    """Write a kit for the recipe's model and device to `out`; `run`: a folder whose data stage says how long texts are and what labels.
+
+    Where the recipe names further devices, the kit has the operators that a search for all of them needs a table of the first for.
+    `max_length` and `labels` say so where there is no run. `threads`: 0: the device's default. `processor`: see `kit.PROCESSORS`; empty:
+    this one for the local device.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        context = Context(recipe, run or Path(scratch), progress or Silent(), Given())
+        family, config = context.family, context.config
+        if run is not None:
+            max_length = context.manifest.max_length
+        elif not max_length and any("sequence" in spec.shape for spec in family.inputs(config)):
+            raise RecipeError(f"{recipe.model} does not say how many tokens a text has", hint="--max-length N, or name a run with its data")
+        if labels:
+            config.num_labels = labels
+        target = targets.make(recipe.device, recipe.backend, family.workload(config, 1, max_length), threads)
+        form = kit.form_for(target.backend, provider, processor or ("here" if recipe.device == targets.LOCAL else "any"))
+        target = msgspec.structs.replace(target, session=kit.session(target.session, provider))
+        precisions = recipe.search.precisions if provider == "cpu" else kit.GPU_PRECISIONS
+        places = [(form, target), *((plugins.get("backends", t.backend), t) for t in targets.several(target, recipe.also)[1:])]
+        weights = models.weights_digest(context.model_folder)
+        space = spaces.of_targets(network.shared_space(family, config, places, weights, (), precisions), (0,))
+        if provider != "cpu":
+            space = network.half_space(family, config, space)
+        return kit.export(
+            family, config, space, target, form, provider, recipe.seed, out, context.progress, seconds=seconds, networks=networks
+        )
+
+
+def import_kit(results: Path, kit_place: Path | None, tables: Path | None, progress: Progress | None = None) -> tuple[Path, LatencyTable]:
+    """The table of a kit that was run, and where it is now."""
+    table = kit_import.table_of(results, kit_place, progress or Silent())
+    return latency_table.store(table, tables), table
+
+
+def check_passes(engine: Path, progress: Progress | None = None) -> tuple[PassCheck, ...]:
+    """What each pass does to a built engine's graph; the graph after each is in `engines/NAME.graphs`, beside the engine's folder."""
+    out, manifest = engine.parent.parent, load(engine / "manifest.json", EngineManifest)
+    out = out.parent.parent if out.parent.name == DEVICES else out
+    recipe = load(out / "recipe.json", Recipe)
+    with locked(out):
+        other = msgspec.structs.replace(recipe, device=manifest.target.device, backend=manifest.target.backend, also=())
+        context = Context(other, out, progress or Silent(), Given())
+        if manifest.space is None or manifest.candidate is None:
+            raise RecordError(f"the engine does not say what it was built from: {engine}", hint="build it again")
+        context.target, context.space = manifest.target, manifest.space
+        source = context.sources["supernet" if manifest.role == "candidate" else "baseline"]
+        source = replace(source, evaluator=source.evaluator.on(manifest.target.id))
+        return build.check_passes(context.parts, source, manifest.candidate, engine.with_name(f"{engine.name}.graphs"))
+
+
+def environment_there(target: Target) -> Environment:
+    """What the device of a target is now that is reached over ssh."""
+    return RemoteDevice(target).environment
+
+
+def canary(table: LatencyTable, model: str = "", run: Path | None = None, progress: Progress | None = None) -> float:
+    """Median of now / table over a few operators of a model, or of a run's; TableError if the device is not as fast as it was.
+
+    Nothing is written into the run folder.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        recipe = load(run / "recipe.json", Recipe) if run else Recipe(model=model)
+        recipe = msgspec.structs.replace(recipe, device=table.target.device, also=())
+        context = Context(recipe, run or Path(scratch), Silent(), Given())
+        context.target = table.target
+        space, work = context.space_of(context.config, ()), Path(scratch) / "canary"
+        if context.transport:
+            return RemoteDevice(table.target, progress).canary(table, context.family, context.config, space, work, recipe.seed)
+        return profiler.canary(table, context.family, context.config, space, context.backend, context.device, work, recipe.seed)
+
+
+def _build_elsewhere(context: Context, searched: Evaluation, folder: Path, precision: str) -> Path:
+    """The engine of a candidate for the context's target, which is not the one it was searched for; nothing predicts its latency."""
+    unrun = _unrun(context.target, context.backend)
+    if unrun and context.recipe.backend == targets.AUTO:
+        raise UnsupportedError(f"what cannot run here cannot be chosen by measuring: {unrun}", hint="name a --backend")
+    if unrun:  # nor can its session be tuned
+        context.recipe = tuned(context.recipe, False)
+    context.space, point = network.retarget(
+        context.family, context.config, context.space, searched.candidate, context.backend, context.target, precision
+    )
+    evaluator = context.evaluator(context.out / "supernet", context.method)
+    score = evaluator.score(point)
+    context.progress.note(
+        f"{context.metric} of the emulated network on validation: {score.value:.2f}, {searched.score.value:.2f} as it was searched"
+    )
+    if context.is_built(folder, context.space, point, evaluator.weights_digest, ""):
+        m = load(folder / "manifest.json", EngineManifest)
+        versions = (*plugins.get("backends", m.target.backend).versions(), ("nascompile", nascompile.__version__))
+        if (m.versions, m.executed) == (versions, not unrun):
+            return folder
+    remarks = (f"built, not run: {unrun}", context.backend.unrun_remark) if unrun else ()
+    parts = replace(context.parts, table_digest="", foreign=(), unrun=remarks)
+    context.make(parts, build.Source(evaluator.net, evaluator), point, folder.name, "candidate", None, folder)
+    for remark in remarks:
+        context.progress.note(remark)
+    return folder
+
+
+def _unrun(target: Target, backend: Any) -> str:
+    """Why an engine for the target can be built here but not run; empty if it can be run. UnsupportedError if it cannot be built."""
+    reason, unrun = "", ""
+    if isinstance(backend, CrossCompiler):
+        reason, unrun = backend.unbuildable(target), backend.unrunnable(target)
+    else:
+        targets.device(target.device)
+        reason = backend.unavailable()
+    if reason:
+        raise UnsupportedError(f"cannot build for `{target.device}` with {target.backend}: {reason}")
+    return unrun
