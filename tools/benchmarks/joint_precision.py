@@ -59,6 +59,7 @@ STORED = Path(__file__).resolve().parent / "data" / "joint_precision.json.xz"
 TASKS = ("fashion", "reviews", "toy")
 JOINT, FIRST, PRECISION, INT8, FP32 = "joint", "architecture first", "precision only", "uniform INT8", "uniform FP32"
 METHODS = (JOINT, FIRST, PRECISION, INT8, FP32)
+SEEDS = {"fashion": 10, "reviews": 4, "toy": 2}
 SEARCHER, POPULATION = "ehvi", 50
 PICKED = 5
 """Architectures of the FP32 front whose precisions are searched afterwards."""
@@ -363,13 +364,15 @@ def _perform(bench: Bench, task: str, method: str, seed: int) -> float:
     return found.seconds
 
 
-def perform(bench: Bench, worlds: Mapping[str, World], seeds: int, device: str, jobs: int) -> dict[str, dict[str, list[Search]]]:
+def perform(
+    bench: Bench, worlds: Mapping[str, World], seeds: Mapping[str, int], device: str, jobs: int
+) -> dict[str, dict[str, list[Search]]]:
     """Every search, from the cache or the committed file where it is there."""
     began, paths = time.monotonic(), {}
     for task, world in worlds.items():
         (world.place.folder / "searches").mkdir(exist_ok=True)
         _unpack(bench, world)
-        paths |= {(task, method, seed): bench.path(world, method, seed) for seed in range(seeds) for method in METHODS}
+        paths |= {(task, method, seed): bench.path(world, method, seed) for seed in range(seeds[task]) for method in METHODS}
     todo = [key for key, path in paths.items() if not path.is_file()]
     if todo:
         context = multiprocessing.get_context("spawn")
@@ -590,7 +593,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS[:2]))
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=0, help=", ".join(f"{name}: {count}" for name, count in SEEDS.items()))
     parser.add_argument("--budget", type=int, default=100, help="candidates scored in each search")
     parser.add_argument("--engines", type=int, default=5, help="seeds whose choices are built and timed")
     parser.add_argument("--only-search", action="store_true", help="build and time nothing")
@@ -618,7 +621,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             place = bench.place(task)
         place.prepare(given.runs)
         worlds[task] = World(place, given.device, leads=True)
-    found = perform(bench, worlds, given.seeds, given.device, given.jobs)
+    seeds = {task: given.seeds or SEEDS[task] for task in given.tasks}
+    found = perform(bench, worlds, seeds, given.device, given.jobs)
     rows = [summary(worlds[task], searches, given.budget) for task, searches in found.items()]
     if not given.only_search:
         for row in rows:
