@@ -17,9 +17,10 @@ Searches (all by the same searcher, for error on validation and the latency that
 Cost is the number of candidates scored, each on all of validation, INT8 emulated as the engines compute it. The hypervolume is of error x
 latency, below ten points more error than the whole network in FP32 has, and below its latency, as a share of the box down to (0, 0).
 
-At the accuracy of uniform INT8 (the whole network, every block quantized): each search's fastest candidate by the table that is at least as
-accurate on validation is built as an engine, for the first --engines seeds, and all engines of a task are timed in turns. Their files are
-scored on validation and, where the run's choice is made, on test, which nothing here is chosen by.
+At the accuracy of uniform INT8 (the whole network, every block quantized), and at half a point less: each search's fastest candidate by the
+table that is as accurate on validation is built as an engine, for the first --engines seeds; of those that the table has within 2 % of it,
+the smallest. All engines of a task are timed in turns. Their files are scored on validation and, where the run's choice is made, on test,
+which nothing here is chosen by.
 
 Everything is kept under --cache, and what is kept or stored is not searched again; --fresh starts over.
 """
@@ -66,6 +67,8 @@ PICKED = 5
 WORSE = 10.0
 """Points of error between the whole network in FP32 and the reference point."""
 CHECKPOINTS = (25, 50, 75, 100)
+LOSSES, EQUAL = (0.0, 0.5), 0.02
+"""Points below the accuracy of uniform INT8 that an engine may have; latencies that count as equal, as a share."""
 ROUNDS, SECONDS = 3, 1.0
 """Windows in which all engines take turns, and timing of an engine in each."""
 PUBLISHED = {
@@ -122,16 +125,22 @@ class Place:
             write_atomic(self.folder / "method", world.chosen_method().encode())
 
     def _profile(self) -> None:
-        from nascompile import profiler, targets
+        """The run's own table if it still holds here, else a new one."""
+        from nascompile import latency_table, network, profiler, targets
 
         recipe, space = load(self.run / "recipe.json", Recipe), load(self.run / "supernet" / "manifest.json", SearchSpace)
         config = models.read_config(self.run / "supernet")
         family, length = models.family_of(config.model_type), data.load_manifest(self.run / "data").max_length
         target = targets.make(recipe.device, recipe.backend, family.workload(config, 1, length), recipe.threads)
         backend, device, work = plugins.get("backends", target.backend), targets.device(recipe.device), self.folder / "profiling"
-        table = profiler.profile(
-            family, config, space, target, backend, device, work, recipe.seed, Lines(5.0), seconds=recipe.profile_seconds
-        )
+        environment, operators = device.environment(target, backend.versions()), network.operators(family, config, space, target)
+        own = self.run / "table.json"
+        table = load(own, LatencyTable) if own.is_file() else None
+        holds = table is not None and not latency_table.differences(table.environment, environment)
+        if table is None or not holds or not set(operators) <= {row.operator for row in table.rows}:
+            table = profiler.profile(
+                family, config, space, target, backend, device, work, recipe.seed, Lines(5.0), seconds=recipe.profile_seconds
+            )
         save(table, self.folder / "table.json")
 
 
@@ -204,6 +213,10 @@ class World:
     def latency(self, point: Candidate) -> float:
         """Predicted, in ms."""
         return self.pricing.costs(point)["latency_ms"]
+
+    def size_mb(self, genome: str) -> float:
+        """Of the weights."""
+        return self.pricing.costs(self.candidate(genome))["size_mb"]
 
     def genome(self, point: Candidate) -> str:
         """Indices of the candidate's choices, a character each; inactive genes 0."""
@@ -317,7 +330,12 @@ def curve(found: Search, reference: tuple[float, float]) -> dict[int, float]:
     """Hypervolume at each checkpoint and at the end, as a share of the box."""
     points = np.column_stack([found.errors, found.latencies])
     counts = [c for c in CHECKPOINTS if c < len(points)] + [len(points)]
-    return {c: pareto.hypervolume(points[:c], reference) / (reference[0] * reference[1]) for c in counts}
+    return {c: _volume(points[:c], reference) for c in counts}
+
+
+def _volume(points: Any, reference: tuple[float, float]) -> float:
+    """As a share of the box between the reference and zero."""
+    return pareto.hypervolume(np.array(points), reference) / (reference[0] * reference[1])
 
 
 # ------------------------------------------------------------------------------------------------ all of them
@@ -344,6 +362,7 @@ class Bench:
 
 _OPEN: dict[str, World] = {}
 _WHERE = "cpu"
+"""Of a worker process: what it has opened, and the device that it scores on."""
 
 
 def _begin(device: str, counter: Any) -> None:
@@ -374,7 +393,13 @@ def perform(
         _unpack(bench, world)
         paths |= {(task, method, seed): bench.path(world, method, seed) for seed in range(seeds[task]) for method in METHODS}
     todo = [key for key, path in paths.items() if not path.is_file()]
-    if todo:
+    if jobs == 1:
+        for done, (task, method, seed) in enumerate(todo, 1):
+            one = search(worlds[task], method, seed, bench.budget, worlds[task].known)
+            write_atomic(paths[task, method, seed], msgspec.json.encode(one))
+            said = f"{task}, {method}, seed {seed}: {one.seconds:.0f} s, {done} of {len(todo)} searches"
+            print(f"{time.monotonic() - began:6.0f} s  {said}", file=sys.stderr, flush=True)
+    elif todo:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(jobs, len(todo)), context, _begin, (device, context.Value("i", 0))) as pool:
             running = {pool.submit(_perform, bench, *key): key for key in todo}
@@ -405,14 +430,16 @@ def stored() -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ engines
 
 
-def chosen(world: World, found: Mapping[str, Sequence[Search]], seeds: int) -> dict[str, list[str | None]]:
-    """Method ▸ per seed the genome of its fastest candidate that is as accurate as uniform INT8; None where there is none."""
-    bar = world.error(spaces.uniform(world.space), world.known)
+def chosen(world: World, found: Mapping[str, Sequence[Search]], seeds: int, loss: float) -> dict[str, list[str | None]]:
+    """Method ▸ per seed the genome of its fastest candidate within `loss` points of uniform INT8; None where there is none."""
+    bar = world.error(spaces.uniform(world.space), world.known) + loss + 1e-9
     best: dict[str, list[str | None]] = {}
     for method, searches in found.items():
         for one in searches[:seeds]:
-            rows = [row for row in zip(one.latencies, one.errors, one.genomes, strict=True) if row[1] <= bar]
-            best.setdefault(method, []).append(min(rows)[2] if rows else None)
+            rows = [(ms, genome) for ms, error, genome in zip(one.latencies, one.errors, one.genomes, strict=True) if error <= bar]
+            least = min((ms for ms, _ in rows), default=0.0)
+            equal = [(world.size_mb(genome), ms, genome) for ms, genome in rows if ms <= (1 + EQUAL) * least]
+            best.setdefault(method, []).append(min(equal)[2] if equal else None)
     return best
 
 
@@ -499,6 +526,7 @@ def summary(world: World, found: Mapping[str, Sequence[Search]], budget: int) ->
         rows[method] = {
             "scored": spread([len(one.genomes) for one in found[method]]),
             "hypervolume": [float(np.mean(last[method])), float(np.std(last[method], ddof=1)) if len(all_) > 1 else None],
+            "all_seeds_together": _volume([row for one in found[method] for row in zip(one.errors, one.latencies, strict=True)], reference),
             "at": {str(c): float(np.mean([each[c] for each in all_])) for c in sorted(set.intersection(*(set(each) for each in all_)))},
             "joint_is_ahead_by": difference(last[JOINT], last[method]) if method != JOINT else None,
         }
@@ -512,36 +540,39 @@ def summary(world: World, found: Mapping[str, Sequence[Search]], budget: int) ->
 
 
 def fronts(world: World, searches: Sequence[Search]) -> dict[str, float]:
-    """Of all candidates on fronts of joint searches, the share in FP32, wholly quantized, and between."""
-    counts = {"fp32": 0, "quantized": 0, "mixed": 0}
+    """Of all candidates on fronts of joint searches, the share in FP32, wholly quantized, so but for the embedding, and mixed otherwise."""
+    counts = {"fp32": 0, "quantized": 0, "embedding in FP32": 0, "mixed": 0}
     for one in searches:
         for genome, _, _ in front(list(zip(one.genomes, one.errors, one.latencies, strict=True))):
             point = world.candidate(genome)
-            if point == spaces.quantized(world.space, point):
-                counts["quantized"] += 1
-            else:
-                values = {value for _, value in point.precision[0][1]}
-                counts["fp32" if values == {"fp32"} else "mixed"] += 1
+            cheap = dict(spaces.quantized(world.space, point).precision[0][1])
+            left = {name for name, value in point.precision[0][1] if value != cheap[name]}
+            layers = left - {"embedding.precision"}
+            whole = {value for _, value in point.precision[0][1]} == {"fp32"}
+            counts["fp32" if whole else "mixed" if layers else "embedding in FP32" if left else "quantized"] += 1
     return {name: count / sum(counts.values()) for name, count in counts.items()}
 
 
 def engines(world: World, found: Mapping[str, Sequence[Search]], seeds: int) -> dict[str, Any]:
     """Engines at the accuracy of uniform INT8, against that engine and the whole network in FP32."""
     whole = {"FP32": world.genome(spaces.largest(world.space)), "INT8": world.genome(spaces.uniform(world.space))}
-    best = chosen(world, found, seeds)
-    shown = measured(world, dict.fromkeys([*whole.values(), *(g for all_ in best.values() for g in all_ if g)]))
+    best = {loss: chosen(world, found, seeds, loss) for loss in LOSSES}
+    picked = [genome for methods in best.values() for genomes in methods.values() for genome in genomes if genome]
+    shown = measured(world, dict.fromkeys([*whole.values(), *picked]))
     predicted = {genome: world.latency(world.candidate(genome)) for genome in shown}
     entry: dict[str, Any] = {
-        "whole_networks": {name: _engine_row(world, shown, genome, whole["INT8"]) for name, genome in whole.items()},
-        "methods": {}, "published": PUBLISHED,
+        "whole_networks": {name: _engine_row(world, shown, genome, whole["INT8"]) for name, genome in whole.items()}, "within": {},
         "prediction_error_percent": spread([100 * (predicted[g] / float(np.median(row["ms"])) - 1) for g, row in shown.items()]),
+        "published": PUBLISHED,
     }  # fmt: skip
-    for method, genomes in best.items():
-        rows = [_engine_row(world, shown, genome, whole["INT8"]) for genome in genomes if genome]
-        entry["methods"][method] = {"seeds": len(genomes), "as_accurate": len(rows), "engines": rows}
-        for name in ("speed_up", "size_reduction", "points_on_validation", "points_on_test"):
-            if rows and all(row.get(name) is not None for row in rows):
-                entry["methods"][method][name] = spread([row[name] for row in rows])
+    for loss, methods in best.items():
+        part = entry["within"][str(loss)] = {}
+        for method, genomes in methods.items():
+            rows = [_engine_row(world, shown, genome, whole["INT8"]) for genome in genomes if genome]
+            part[method] = {"seeds": len(genomes), "as_accurate": len(rows), "engines": rows}
+            for name in ("speed_up", "size_reduction", "points_on_validation", "points_on_test"):
+                if rows and all(row.get(name) is not None for row in rows):
+                    part[method][name] = spread([row[name] for row in rows])
     return entry
 
 
@@ -568,6 +599,7 @@ def show(rows: Iterable[Mapping[str, Any]]) -> None:
         for method, found in row["methods"].items():
             mean, deviation = found["hypervolume"]
             text = f"  {method:20} {mean:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
+            text += f" (all seeds together {found['all_seeds_together']:.4f})"
             if found["joint_is_ahead_by"]:
                 text += "  joint is ahead by {:+.4f} [{:+.4f}, {:+.4f}]".format(*found["joint_is_ahead_by"])
             print(text)
@@ -578,13 +610,14 @@ def show(rows: Iterable[Mapping[str, Any]]) -> None:
         for name, one in found["whole_networks"].items():
             accuracy = ", ".join(f"{split} {value:.2f} %" for split, value in one["accuracy"].items())
             print(f"  whole network in {name}: {one['latency_ms'][0]:.3f} ms, {one['size_mb']:.2f} MB, {accuracy}")
-        print("  the fastest as accurate as uniform INT8 on validation; against its engine, median (lowest, highest) over seeds:")
-        for method, one in found["methods"].items():
-            text = f"  {method:20} {one['as_accurate']} of {one['seeds']} seeds"
-            for name, unit in (("speed_up", "x faster"), ("size_reduction", "x smaller"), ("points_on_test", "points on test")):
-                if name in one:
-                    text += "; {:.2f} ({:.2f}, {:.2f}) {}".format(*one[name], unit)
-            print(text)
+        for loss, methods in found["within"].items():
+            print(f"  the fastest within {loss} points of uniform INT8; against its engine, median (lowest, highest) over seeds:")
+            for method, one in methods.items():
+                text = f"    {method:20} {one['as_accurate']} of {one['seeds']} seeds"
+                for name, unit in (("speed_up", "x faster"), ("size_reduction", "x smaller"), ("points_on_test", "points on test")):
+                    if name in one:
+                        text += "; {:.2f} ({:.2f}, {:.2f}) {}".format(*one[name], unit)
+                print(text)
         said = found["published"]
         print(f"  {said['paper']}: {said['latency_speed_up']:.2f}x faster, {said['size_reduction']:.2f}x smaller: {said['said']}")
 
