@@ -22,7 +22,8 @@ table that is as accurate on validation is built as an engine, for the first --e
 the smallest. All engines of a task are timed in turns. Their files are scored on validation and, where the run's choice is made, on test,
 which nothing here is chosen by.
 
-Everything is kept under --cache, and what is kept or stored is not searched again; --fresh starts over.
+Everything is kept under --cache, and what is kept is not done again; a score that is committed is not computed again where weights and
+samples are the same. --fresh starts over.
 """
 
 from __future__ import annotations
@@ -232,12 +233,13 @@ class World:
 
     @cached_property
     def known(self) -> dict[str, float]:
-        """Scores of all finished searches, and of the whole networks."""
+        """Scores of all finished searches of the same weights and samples, those that are committed too."""
+        kept = [msgspec.json.decode(path.read_bytes(), type=Search) for path in sorted((self.place.folder / "searches").glob("*.json"))]
+        searches = [*msgspec.convert(stored().get("searches", []), type=list[Search]), *kept]
         found: dict[str, float] = {}
-        for path in sorted((self.place.folder / "searches").glob("*.json")):
-            search = msgspec.json.decode(path.read_bytes(), type=Search)
-            if search.scoring == self.scoring:
-                found.update(zip(search.genomes, search.errors, strict=True))
+        for one in searches:
+            if one.scoring == self.scoring:
+                found.update(zip(one.genomes, one.errors, strict=True))
         return found
 
 
@@ -252,6 +254,8 @@ class Search:
     method: str
     seed: int
     scoring: str
+    code: str
+    """Digest of the searcher's source."""
     genomes: tuple[str, ...]
     errors: tuple[float, ...]
     latencies: tuple[float, ...]
@@ -323,7 +327,13 @@ def search(world: World, method: str, seed: int, budget: int, known: dict[str, f
     else:
         rows = follow(world, held(space, fixed[method]), seed, budget, known)
     genomes, errors, latencies = zip(*rows, strict=True)
-    return Search(world.place.task, method, seed, world.scoring, genomes, errors, latencies, time.monotonic() - began)
+    return Search(world.place.task, method, seed, world.scoring, code_digest(), genomes, errors, latencies, time.monotonic() - began)
+
+
+def code_digest() -> str:
+    """Of what decides which candidates a search asks for."""
+    folder = Path(searchers.__file__).parent
+    return digest([file_digest(folder / f"{name}.py") for name in ("__init__", SEARCHER, "encoding", "blocks", "gaussian")])
 
 
 def curve(found: Search, reference: tuple[float, float]) -> dict[int, float]:
@@ -351,10 +361,8 @@ class Bench:
         return Place.of(task, self.runs, self.cache)
 
     def key(self, world: World) -> str:
-        """What a search depends on beside its method and seed."""
-        folder = Path(searchers.__file__).parent
-        code = [file_digest(folder / f"{name}.py") for name in ("__init__", SEARCHER, "encoding", "blocks", "gaussian")]
-        return digest(world.scoring, digest(world.table), code, self.budget, POPULATION, PICKED)[:12]
+        """What a search depends on beside its method, its seed and the searcher's code, of which a changed one is told of."""
+        return digest(world.scoring, file_digest(world.place.folder / "table.json"), self.budget, SEARCHER, POPULATION, PICKED)[:12]
 
     def path(self, world: World, method: str, seed: int) -> Path:
         return world.place.folder / "searches" / f"{method.replace(' ', '_')}-{seed}-{self.key(world)}.json"
@@ -386,11 +394,10 @@ def _perform(bench: Bench, task: str, method: str, seed: int) -> float:
 def perform(
     bench: Bench, worlds: Mapping[str, World], seeds: Mapping[str, int], device: str, jobs: int
 ) -> dict[str, dict[str, list[Search]]]:
-    """Every search, from the cache or the committed file where it is there."""
+    """Every search, from the cache where it is there."""
     began, paths = time.monotonic(), {}
     for task, world in worlds.items():
         (world.place.folder / "searches").mkdir(exist_ok=True)
-        _unpack(bench, world)
         paths |= {(task, method, seed): bench.path(world, method, seed) for seed in range(seeds[task]) for method in METHODS}
     todo = [key for key, path in paths.items() if not path.is_file()]
     if jobs == 1:
@@ -411,15 +418,6 @@ def perform(
     for (task, method, _), path in paths.items():
         found.setdefault(task, {}).setdefault(method, []).append(msgspec.json.decode(path.read_bytes(), type=Search))
     return found
-
-
-def _unpack(bench: Bench, world: World) -> None:
-    """Writes committed searches that are of this run, table and code into the cache."""
-    for entry in stored().get("searches", []):
-        one = msgspec.convert(entry["search"], type=Search)
-        path = bench.path(world, one.method, one.seed)
-        if one.task == world.place.task and entry["key"] == bench.key(world) and not path.is_file():
-            write_atomic(path, msgspec.json.encode(one))
 
 
 def stored() -> dict[str, Any]:
@@ -535,6 +533,7 @@ def summary(world: World, found: Mapping[str, Sequence[Search]], budget: int) ->
         "task": world.place.task, "candidates": spaces.size(world.space), "budget": budget, "seeds": len(found[JOINT]),
         "reference": {"error": reference[0], "latency_ms": reference[1]}, "methods": rows, "front": fronts(world, found[JOINT]),
         "table_interval": world.table.relative_error,
+        "searcher_unchanged": all(one.code == code_digest() for searches in found.values() for one in searches),
         "environment": {name: environment[name] for name in ("cpu", "threads", "onnxruntime", "os") if name in environment},
     }  # fmt: skip
 
@@ -596,6 +595,8 @@ def show(rows: Iterable[Mapping[str, Any]]) -> None:
         print(f"\n{row['task']}: {row['candidates']:.2g} candidates, {row['budget']} scored in each search, {row['seeds']} seeds; {where}")
         error, ms = row["reference"]["error"], row["reference"]["latency_ms"]
         print(f"  hypervolume below {error:.2f} % error and {ms:.3f} ms (table ±{row['table_interval']:.1%})")
+        if not row["searcher_unchanged"]:
+            print(f"  searched by an earlier state of `{SEARCHER}`: --fresh searches again")
         for method, found in row["methods"].items():
             mean, deviation = found["hypervolume"]
             text = f"  {method:20} {mean:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
@@ -661,8 +662,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in rows:
             row["engines"] = engines(worlds[row["task"]], found[row["task"]], given.engines)
     if given.store:
-        keys = {task: bench.key(world) for task, world in worlds.items()}
-        every = [{"key": keys[task], "search": asdict(one)} for task, kinds in found.items() for all_ in kinds.values() for one in all_]
+        every = [asdict(one) for kinds in found.values() for all_ in kinds.values() for one in all_]
         write_atomic(STORED, lzma.compress(json.dumps({"rows": rows, "searches": every}, separators=(",", ":")).encode()))
     _print(rows, given.json)
 
