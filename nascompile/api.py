@@ -39,7 +39,7 @@ def compile(
     model: Any, train: Any, *, calibration: Any = None, validation: Any = None, test: Any = None, processor: Any = None,
     target: str = "cpu", metric: str | Callable[[Any, Any], float] = "", direction: Literal["maximize", "minimize"] = "maximize",
     max_drop: float | None = None, latency_ms: float | Mapping[str, float] | None = None, size_mb: float | None = None,
-    macs_m: float | None = None, out: str | Path = "runs/api", progress: bool = True, **options: Any,
+    macs_m: float | None = None, memory_mb: float | None = None, out: str | Path = "runs/api", progress: bool = True, **options: Any,
 ) -> Compiled:  # fmt: skip
     """Run the whole pipeline; a second call with the same `out` continues or returns what is there.
 
@@ -51,7 +51,7 @@ def compile(
     """
     from nascompile import pipeline, report, settings  # with torch; `load` does without
 
-    budgets = {"max_drop": max_drop, "latency_ms": latency_ms, "size_mb": size_mb, "macs_m": macs_m}
+    budgets = {"max_drop": max_drop, "latency_ms": latency_ms, "size_mb": size_mb, "macs_m": macs_m, "memory_mb": memory_mb}
     content = dict(options) | {"device": target, "budgets": {name: bound for name, bound in budgets.items() if bound is not None}}
     in_memory = not isinstance(model, str | Path)
     content["model"] = type(model).__name__ if in_memory else str(model)

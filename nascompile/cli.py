@@ -135,6 +135,7 @@ FLAGS = {
         Flag("--latency-ms", "budgets.latency_ms", list[str], "Milliseconds per call; once per device of several.", "[DEVICE=]MS"),
         Flag("--size-mb", "budgets.size_mb", float, "Megabytes of the graph file.", "MB"),
         Flag("--macs-m", "budgets.macs_m", float, "Millions of multiply-accumulates per call.", "M"),
+        Flag("--memory-mb", "budgets.memory_mb", float, "Megabytes of weights and live activations of a call, counted.", "MB"),
     ),
     "Training": (
         Flag("--epochs", "finetune.epochs", int, "Epochs of the super-network.", "N"),
@@ -146,8 +147,8 @@ FLAGS = {
         Flag("--seed", "seed", int, "Of everything drawn at random.", "N"),
     ),
     "Search": (
-        Flag("--searcher", "search.searcher", str, "nsga2, ehvi, linas, mip, …", "NAME"),
-        Flag("--objective", "search.objectives", list[str], "Beside error: latency_ms, size_mb, macs_m, worst-ratio.", "NAME"),
+        Flag("--searcher", "search.searcher", str, "ehvi, nsga2, linas, mip, …", "NAME"),
+        Flag("--objective", "search.objectives", list[str], "Beside error, 3 at most: latency-ms, size-mb, macs-m, memory-mb, …", "NAME"),
         Flag("--evaluations", "search.evaluations", int, "Candidates scored at most.", "N"),
         Flag("--patience", "search.patience", int, "Batches without a better hypervolume after which the search ends.", "N"),
         Flag("--workers", "search.workers", int, "Processes that score; default: one a core where it takes long.", "N"),

@@ -74,11 +74,15 @@ def cost(scored: Sequence[Seen], shared: Evaluation) -> Cost:
 
 
 def scored(path: Path, front: Front | None) -> tuple[Evaluation, ...]:
-    """Candidates of a journal that were scored as the front's were (same space, weights, data and evaluator), each once."""
+    """Candidates of a journal that were scored as the front's were (same space, weights, data and evaluator), each once, by id.
+
+    A journal's own order is that in which several workers happened to be done.
+    """
     if front is None or not front.evaluations:
         return ()
     wanted = _comparable(front.evaluations[0])
-    return tuple({e.candidate: e for e in journal.read(path, Evaluation) if _comparable(e) == wanted}.values())
+    found = {e.candidate: e for e in journal.read(path, Evaluation) if _comparable(e) == wanted}
+    return tuple(sorted(found.values(), key=lambda e: e.candidate.id))
 
 
 def _comparable(e: Evaluation) -> tuple[str, ...]:

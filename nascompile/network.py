@@ -168,6 +168,7 @@ def graph(family: Family, config: Any, space: SearchSpace, point: Candidate, tar
                 parameters=sum(math.prod(shapes[p]) for p in segment.parameters),
                 size_bytes=block_bytes(segment, shapes, precision),
                 macs=family.macs(family.operator(config, segment, chosen, target.workload, precision)),
+                activation_bytes=family.activations(operator) * (precision.weights.bits // 8 if precision.weights.kind == "float" else 4),
             )
         )  # fmt: skip
     edges = tuple(Edge(source=i - 1, target=i, shape=_main_shape(nodes[i].operator)) for i in range(len(nodes)))

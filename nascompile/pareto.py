@@ -21,12 +21,15 @@ def front(points: Any) -> tuple[int, ...]:
     values = np.asarray(points, dtype=np.float64)
     if values.size == 0:
         return ()
-    kept = []
-    for i, point in enumerate(values):
-        no_worse, better = (values <= point).all(axis=1), (values < point).any(axis=1)
-        if not np.isnan(point).any() and not (no_worse & better).any():
-            kept.append(i)
-    return tuple(kept)
+    left = np.flatnonzero(~np.isnan(values).any(axis=1))
+    left = left[np.lexsort(values[left].T[::-1])]
+    columns, kept = values[left].T, []
+    while len(left):  # the first in lexicographic order is dominated by none of the others
+        first = columns[:, :1]
+        kept.append(left[(columns == first).all(axis=0)])
+        better = (columns < first).any(axis=0)
+        left, columns = left[better], columns[:, better]
+    return tuple(np.sort(np.concatenate(kept)).tolist()) if kept else ()
 
 
 def hypervolume(points: Any, reference: Any) -> float:

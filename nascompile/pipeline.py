@@ -780,6 +780,7 @@ class Context:
             if (e.score.evaluator_digest, e.score.weights_digest) == (source.evaluator.digest, source.evaluator.weights_digest)
             and e.candidate.space == self.space.id
         ]  # fmt: skip
+        scored.sort(key=lambda e: e.candidate.id)  # lines are in the order in which workers were done
         drawn = np.random.default_rng(self.recipe.seed).permutation(len(scored))[: self.recipe.measure.agreement]
         part = validation.take(source.evaluator.rows)
         pairs = {}
@@ -831,21 +832,24 @@ class Context:
         return found
 
     def _predicted(self, f: several.Further, pricing: Pricing, source: str, point: Candidate) -> rerank.There:
-        _, latency, size, *_ = pricing(point)
+        costs, latency, size, *_ = pricing(point)
         reference, front = load(self.out / "baseline.json", Score), load(self.out / "front.json", Front)
         known = {(e.candidate, there.target): there.score for e in front.evaluations for there in e.elsewhere if source == "supernet"}
         if point == largest(self.space) and source == "baseline":  # FP32 everywhere
             known[(point, f.target.id)] = reference
         score = known.get((point, f.target.id)) or self.sources[source].evaluator.on(f.target.id).score(point)
-        return rerank.There(f.target.id, f.label, "predicted", latency.value, size, score, reference)
+        return rerank.There(f.target.id, f.label, "predicted", latency.value, size, score, reference, costs["memory_mb"])
 
     def _measured(self, f: several.Further, name: str) -> rerank.There:
         home = self.out / DEVICES / f.file
         m, baseline = (load(home / "measurements" / f"{n}.json", Measurement) for n in (name, rerank.BASELINE))
         if m.score is None or baseline.score is None:
             raise RecordError(f"no validation score in {home / 'measurements'}: {name}", hint="remove the folder and run again")
-        size = load(home / "engines" / name / "manifest.json", EngineManifest).size_bytes
-        return rerank.There(f.target.id, f.label, m.latency.kind, m.latency.quantile(0.5), size, m.score, baseline.score)
+        manifest = load(home / "engines" / name / "manifest.json", EngineManifest)
+        memory = manifest.graph.memory_bytes / 1e6 if manifest.graph else 0.0
+        return rerank.There(
+            f.target.id, f.label, m.latency.kind, m.latency.quantile(0.5), manifest.size_bytes, m.score, baseline.score, memory
+        )
 
     def _report(self) -> list[Path]:
         return list(report.report(self.out))

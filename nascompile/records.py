@@ -214,6 +214,8 @@ class Node(Record, frozen=True):
     """Bytes of the block's stored weights at its precision, scales included."""
     macs: int = 0
     """Multiply-accumulates for one call at the workload, of all tokens: as the field counts them, whatever the graph leaves out."""
+    activation_bytes: int = 0
+    """Bytes of activations that are alive at once while it executes, at most."""
 
 
 class Edge(Record, frozen=True):
@@ -231,6 +233,11 @@ class OperatorGraph(Record, frozen=True):
 
     nodes: tuple[Node, ...]
     edges: tuple[Edge, ...] = ()
+
+    @property
+    def memory_bytes(self) -> int:
+        """What a call needs at most: all weights as stored, and the activations of the block that has most. Counted, not measured."""
+        return sum(node.size_bytes for node in self.nodes) + max((node.activation_bytes for node in self.nodes), default=0)
 
 
 class Gene(Record, frozen=True):
@@ -286,7 +293,7 @@ class Candidate(Record, frozen=True):
 
 
 class Budget(Record, frozen=True):
-    """A bound on a cost. Metrics: latency_ms, size_mb, macs_m, drop (points of the metric, against the baseline)."""
+    """A bound on a cost. Metrics: latency_ms, size_mb, macs_m, memory_mb, drop (points of the metric, against the baseline)."""
 
     metric: str
     bound: float
@@ -392,6 +399,8 @@ class Evaluation(Record, frozen=True, omit_defaults=True):
     size_bytes: int
     parameters: int
     macs: int
+    memory_bytes: int = 0
+    """Of a call: stored weights and the activations that are alive at once, counted; 0 in a journal of before it was."""
     seconds: float = 0.0
     foreign: Differences = ()
     """What differs where `latency` was predicted by a table of another environment."""

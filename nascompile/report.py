@@ -568,7 +568,7 @@ def _point(e: Evaluation) -> Json:
     return {
         "id": e.candidate.id, "latency_ms": e.latency.value, "low_ms": e.latency.low, "high_ms": e.latency.high, "level": e.latency.level,
         "score": e.score.value, "stderr": e.score.stderr, "n": e.score.n, "size_bytes": e.size_bytes, "parameters": e.parameters,
-        "macs": e.macs, "text": _describe(e.candidate),
+        "macs": e.macs, "memory_bytes": e.memory_bytes or None, "text": _describe(e.candidate),
     }  # fmt: skip
 
 

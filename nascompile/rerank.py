@@ -79,6 +79,8 @@ class There:
     score: Score
     baseline: Score
     """What the score is compared with: of the same samples, by the same means."""
+    memory_mb: float
+    """Of a call, counted."""
 
 
 def choose(
@@ -178,7 +180,9 @@ def _margin(baseline: Score, score: Score, budgets: tuple[Budget, ...], safety: 
 
 def _fault_there(t: There, budgets: tuple[Budget, ...]) -> str:
     """Why a network breaks a budget of a further target; empty if it does not."""
-    actual = {"latency_ms": t.latency_ms, "size_mb": t.size_bytes / 1e6, "drop": drop(t.baseline, t.score)[0]}
+    actual = {
+        "latency_ms": t.latency_ms, "size_mb": t.size_bytes / 1e6, "memory_mb": t.memory_mb, "drop": drop(t.baseline, t.score)[0],
+    }  # fmt: skip
     broken = [b for b in budgets if b.target in (t.target, "") and b.metric in actual and actual[b.metric] > b.bound]
     said = [f"{b.metric} {actual[b.metric]:.3g} > {b.bound:g}{f' ({t.kind})' if b.metric == 'latency_ms' else ''}" for b in broken]
     return f"on {t.label}: {', '.join(said)}" if said else ""
@@ -190,8 +194,11 @@ def _least_margin(baseline: Score, e: Evaluation, budgets: tuple[Budget, ...], s
 
 def _fault(m: Measurement, manifest: EngineManifest, score: Score, baseline: Score, budgets: tuple[Budget, ...]) -> str:
     """Why a measured engine breaks a budget; empty if it does not."""
-    macs = sum(node.macs for node in manifest.graph.nodes) / 1e6 if manifest.graph else 0.0
+    graph = manifest.graph
+    macs = sum(node.macs for node in graph.nodes) / 1e6 if graph else 0.0
+    memory = graph.memory_bytes / 1e6 if graph else 0.0
     actual = {
-        "latency_ms": m.latency.quantile(0.5), "size_mb": manifest.size_bytes / 1e6, "macs_m": macs, "drop": drop(baseline, score)[0],
+        "latency_ms": m.latency.quantile(0.5), "size_mb": manifest.size_bytes / 1e6, "macs_m": macs, "memory_mb": memory,
+        "drop": drop(baseline, score)[0],
     }  # fmt: skip
     return "; ".join(f"{b.metric} {actual[b.metric]:.3g} > {b.bound:g}" for b in budgets if actual[b.metric] > b.bound)

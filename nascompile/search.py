@@ -70,7 +70,8 @@ class Pricing:
         latency = latency_table.predict(self.table, graph)
         size = self.structure_bytes + sum(node.size_bytes for node in graph.nodes)
         parameters, macs = sum(node.parameters for node in graph.nodes), sum(node.macs for node in graph.nodes)
-        return {"latency_ms": latency.value, "size_mb": size / 1e6, "macs_m": macs / 1e6}, latency, size, parameters, macs
+        costs = {"latency_ms": latency.value, "size_mb": size / 1e6, "macs_m": macs / 1e6, "memory_mb": graph.memory_bytes / 1e6}
+        return costs, latency, size, parameters, macs
 
     def costs(self, point: Candidate) -> dict[str, float]:
         """{metric: value} as above, thousands of candidates a second: blocks are remembered."""
@@ -82,7 +83,10 @@ class Pricing:
         graph = OperatorGraph(nodes=tuple(self._known[key] for key in keys))
         latency, size = latency_table.total(self.table, self._rows, graph), sum(node.size_bytes for node in graph.nodes)
         macs = sum(node.macs for node in graph.nodes)
-        return {"latency_ms": latency, "size_mb": (self.structure_bytes + size) / 1e6, "macs_m": macs / 1e6}
+        return {
+            "latency_ms": latency, "size_mb": (self.structure_bytes + size) / 1e6, "macs_m": macs / 1e6,
+            "memory_mb": graph.memory_bytes / 1e6,
+        }  # fmt: skip
 
     def _blocks(self, point: Candidate) -> list[tuple[Any, ...]]:
         """What decides the costs of each of the candidate's blocks, in execution order."""
@@ -166,7 +170,11 @@ def search(
     evaluations = list(scored.values())
     _require_accuracy(evaluations, baseline, budgets)
     matrix = np.array(outcomes)
-    chosen = sorted((evaluations[i] for i in pareto.front(matrix)), key=lambda e: (e.latency.value, -gain(worst(e)), e.candidate.id))
+    fine = list(range(len(evaluations)))
+    if "error" not in settings.objectives:  # which else holds the accurate ones on the front
+        fine = [i for i in fine if _drop_violation(evaluations[i], baseline, budgets, 0.0) == 0]
+    best = (evaluations[fine[i]] for i in pareto.front(matrix[fine]))
+    chosen = sorted(best, key=lambda e: (e.latency.value, -gain(worst(e)), e.candidate.id))
     return Front(
         space=space, target=pricing.target, objectives=settings.objectives, budgets=budgets, evaluations=tuple(chosen),
         searcher=settings.searcher, seed=seed, scored=len(evaluations), seconds=time.monotonic() - began, hypervolume=_trace(matrix),
@@ -317,7 +325,7 @@ class Scoring:
         return [(point.architecture, genes, *by) for _, genes in point.precision]
 
     def _evaluation(self, point: Candidate, prices: Sequence[Priced], scores: Sequence[tuple[Score, float]]) -> Evaluation:
-        (_, latency, size, parameters, macs), *others = prices
+        (costs, latency, size, parameters, macs), *others = prices
         (score, seconds), *there = scores
         elsewhere = tuple(
             Elsewhere(target=target, score=s, latency=price[1], size_bytes=price[2])
@@ -325,17 +333,18 @@ class Scoring:
         )
         evaluation = Evaluation(
             candidate=point, score=score, latency=latency, size_bytes=size, parameters=parameters, macs=macs,
-            seconds=seconds + sum(took for _, took in there), elsewhere=elsewhere, foreign=self.foreign,
+            memory_bytes=round(costs["memory_mb"] * 1e6), seconds=seconds + sum(took for _, took in there), elsewhere=elsewhere,
+            foreign=self.foreign,
         )  # fmt: skip
         self.known.record(evaluation)
         return evaluation
 
 
-def _drop_violation(e: Evaluation | None, baseline: Score, budgets: tuple[Budget, ...]) -> float:
+def _drop_violation(e: Evaluation | None, baseline: Score, budgets: tuple[Budget, ...], slack: float = DROP_SLACK) -> float:
     bound = next((b.bound for b in budgets if b.metric == "drop"), None)
     if bound is None or e is None:
         return 0.0
-    return max(0.0, drop(baseline, worst(e))[0] - bound - DROP_SLACK)
+    return max(0.0, drop(baseline, worst(e))[0] - bound - slack)
 
 
 def _trace(matrix: np.ndarray[Any, Any]) -> tuple[tuple[int, float], ...]:

@@ -71,12 +71,15 @@ class FinetuneSettings(Record, frozen=True):
 class SearchSettings(Record, frozen=True):
     """What is searched, how long, and how a candidate is scored."""
 
-    searcher: str = "nsga2"
-    """What proposes candidates: ehvi needs the fewest scores (docs/method.md); nsga2, and nsga3 for three and more objectives, breed;
-    linas breeds on predictions, linas-table on predicted scores and known costs; mip solves for sums of single changes' damages."""
+    searcher: str = "ehvi"
+    """What proposes candidates: ehvi needs the fewest scores (docs/method.md), and the error among the objectives; nsga2, and nsga3 for
+    three and more objectives, breed; linas breeds on predictions, linas-table on predicted scores and known costs; mip solves for sums of
+    single changes' damages."""
     objectives: tuple[str, ...] = ("error", "latency_ms")
-    """Two or more of error, latency_ms, size_mb, macs_m, worst_ratio; all minimized. With several devices error and size_mb are the worst
-    over them, latency_ms is an objective for each; worst_ratio is the largest latency relative to its budget, one for all devices."""
+    """One to four of error, latency_ms, size_mb, macs_m, memory_mb, worst_ratio; all minimized. Without error `max_drop` must be given, and
+    the front is of candidates that keep it; a front of one objective is one candidate, or several that are equal in it. With several
+    devices error, size_mb and memory_mb are the worst over them, latency_ms is an objective for each; worst_ratio is the largest latency
+    relative to its budget, one for all devices."""
     precisions: tuple[str, ...] = ("int8", "weight-int8")
     """What blocks may take beside FP32, where they can and the backend supports it; the last is the uniform engine's. Products: int8
     (calibrated), int8-dynamic, weight-int8-block128, weight-int8-block32, weight-int4-block128, weight-int4-block32. Text embedding
@@ -86,7 +89,7 @@ class SearchSettings(Record, frozen=True):
     patience: int = 0
     """Batches without a better hypervolume (by more than 0.1 %) after which the search ends; 0: it does not end for that."""
     population: int = 16
-    """Candidates proposed at a time."""
+    """Candidates proposed at a time, at most: ehvi proposes four."""
     workers: int = 0
     """Processes that score, each on one thread: how long the search takes, not what it finds. 1: this one alone. 0: one for every core, at
     most 8, once scoring has shown to take longer than starting them."""
@@ -126,6 +129,9 @@ class Budgets(Record, frozen=True):
     size_mb: float | None = None
     """Megabytes of the graph file; with several devices, of each one's."""
     macs_m: float | None = None
+    memory_mb: float | None = None
+    """Megabytes that a call needs for the network itself, with several devices on each: weights as stored, and activations that are
+    alive at once, counted. What interpreter and runtime take beside them is not in it; the report has the peak of the whole process."""
     max_drop: float | None = None
     """Points of the metric an engine may lose against the baseline, on each device."""
 
@@ -136,6 +142,8 @@ class Budgets(Record, frozen=True):
         found = [Budget(metric="latency_ms", bound=latencies[t], target=t) for t in (first, *also) if t in latencies]
         if self.size_mb is not None:
             found += [Budget(metric="size_mb", bound=self.size_mb, target=t) for t in (first, *also)]
+        if self.memory_mb is not None:
+            found += [Budget(metric="memory_mb", bound=self.memory_mb, target=t) for t in (first, *also)]
         if self.macs_m is not None:
             found.append(Budget(metric="macs_m", bound=self.macs_m, target=first))
         return (*found, *([] if self.max_drop is None else [Budget(metric="drop", bound=self.max_drop)]))
@@ -239,7 +247,7 @@ def from_mapping(content: Mapping[str, Any], origin: str) -> Recipe:
 def check(recipe: Recipe) -> Recipe:
     """The same recipe; RecipeError with all faults of value at once."""
     f, s, m = recipe.finetune, recipe.search, recipe.measure
-    objectives = len(s.objectives) >= 2 and set(s.objectives) <= set(OBJECTIVES)
+    objectives = 1 <= len(set(s.objectives)) == len(s.objectives) <= 4 and set(s.objectives) <= set(OBJECTIVES)
     methods = bool(s.calibration_methods) and set(s.calibration_methods) <= set(METHODS)
     integers = [name.replace("_", "-") for name in plugins.names("quantization")]
     rules = [
@@ -270,7 +278,7 @@ def check(recipe: Recipe) -> Recipe:
         ("search.workers", s.workers, s.workers >= 0, "0 (as many as are of use) or more"),
         ("search.population", s.population, s.population >= 2, "at least 2"),
         ("search.calibration_samples", s.calibration_samples, s.calibration_samples >= 1, "at least 1"),
-        ("search.objectives", s.objectives, objectives, f"two or more of {', '.join(OBJECTIVES)}"),
+        ("search.objectives", s.objectives, objectives, f"one to four of {', '.join(OBJECTIVES)}"),
         ("search.precisions", s.precisions, set(s.precisions) <= set(integers), f"some of {', '.join(integers)}"),
         ("search.calibration_methods", s.calibration_methods, methods, f"some of {', '.join(METHODS)}"),
         ("measure.top_k", m.top_k, m.top_k >= 1, "at least 1"),
@@ -288,10 +296,14 @@ def check(recipe: Recipe) -> Recipe:
     faults += [f"{text!r} is no device: NAME[:BACKEND[:THREADS]]" for text in named if not targets.Named.is_one(text)]
     if "worst_ratio" in s.objectives and not latencies:
         faults.append("search.objectives = worst_ratio: needs a latency budget for every device, --latency-ms DEVICE=MS")
+    if "error" not in s.objectives and recipe.budgets.max_drop is None:
+        faults.append("search.objectives: without error nothing keeps a network from being useless; add it, or a budget --max-drop")
+    if "error" not in s.objectives and s.searcher == "ehvi":
+        faults.append("search.searcher = ehvi: predicts the error, which is not among search.objectives; nsga2 does without")
     if recipe.also and recipe.backend == targets.AUTO:
         faults.append("backend = auto: variants are compared for one device, `also` names more; name the backend")
     if recipe.budgets in (Budgets(), Budgets(latency_ms={})):
-        faults.append("no budget: give at least one of --max-drop, --latency-ms, --size-mb, --macs-m")
+        faults.append("no budget: give at least one of --max-drop, --latency-ms, --size-mb, --macs-m, --memory-mb")
     for folder, name in (("tasks", recipe.task), ("recipes", f.recipe), ("searchers", s.searcher)):
         if name.replace("-", "_") not in plugins.names(folder):
             faults.append(f"{folder.rstrip('s')} = {name}: one of {', '.join(plugins.names(folder))}")
@@ -302,7 +314,7 @@ def check(recipe: Recipe) -> Recipe:
     return recipe
 
 
-OBJECTIVES = ("error", "latency_ms", "size_mb", "macs_m", "worst_ratio")
+OBJECTIVES = ("error", "latency_ms", "size_mb", "macs_m", "memory_mb", "worst_ratio")
 METHODS = ("minmax", "percentile", "mse", "entropy")
 STARTS, MIXED = ("teacher", "pretrained", "random"), ("no", "bf16")
 

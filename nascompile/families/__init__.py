@@ -103,6 +103,9 @@ class Family(Protocol):
     def macs(self, operator: Operator) -> int:
         """Multiply-accumulates of one execution."""
 
+    def activations(self, operator: Operator) -> int:
+        """Elements of all tensors but weights that are alive at once, at most, while it executes; its input and output among them."""
+
     def create(self, config: Any) -> Any:
         """A new torch model of the largest network, random weights, in evaluation mode."""
 

@@ -199,6 +199,21 @@ class EncoderFamily(ABC):
             return d["batch"] * (d["hidden"] * d["labels"] + (modules - 1) * d["hidden"] ** 2)
         return d["batch"] * (d["sequence"] - 1) * d["hidden"] * d["channels"] * d["patch"] ** 2 if "patch" in d else 0
 
+    def activations(self, operator: Operator) -> int:
+        """What is added to the block's output is alive throughout; softmax and activation functions work in place."""
+        d = dict(operator.dims)
+        tokens = d["batch"] * d["sequence"]
+        hidden = tokens * d["hidden"]
+        if operator.kind == "attention":
+            inner = d["heads"] * d["head_dim"]
+            written = d["batch"] if "out" in dict(operator.attributes) else tokens
+            return hidden + (written + 2 * tokens) * inner + max(hidden, written * d["heads"] * d["sequence"])
+        if operator.kind == "mlp":
+            return 2 * hidden + tokens * d["width"]
+        if operator.kind == "head":
+            return hidden + d["batch"] * (d["hidden"] + max(d["hidden"], d["labels"]))
+        return hidden + (d["batch"] * (d["sequence"] - 1) * d["channels"] * d["patch"] ** 2 if "patch" in d else hidden)
+
     # ------------------------------------------------------------------------------------------ execution
 
     def forward(

@@ -132,6 +132,13 @@ class Toy:
             return d["batch"] * (d["hidden"] * d["width"] + d["width"] * d["rank"] + d["rank"] * d["hidden"])
         return d["batch"] * d["hidden"] * d.get("features", d.get("labels", 0))
 
+    def activations(self, operator: Operator) -> int:
+        """A block's input is added to its output, and alive until then."""
+        d = dict(operator.dims)
+        if operator.kind == "mlp":
+            return d["batch"] * (d["hidden"] + max(d["hidden"] + d["width"], d["width"] + d["rank"], d["rank"] + d["hidden"]))
+        return d["batch"] * (d["hidden"] + d.get("features", d["hidden"] + d.get("labels", 0)))
+
     def create(self, config: Any) -> Any:
         return ToyForClassification(config).eval()
 

@@ -103,7 +103,7 @@ class EhviRun:
     def _promising(self) -> list[Array]:
         """New candidates, those expected to add most to the front first."""
         if not (self.blocks.over(self.rows) == 0).any():
-            return []
+            return list(self._affordable())
         model = _Model(self)
         rows = self.small if self.small is not None else self._bred(model)
         rows = rows[[row.tobytes() not in self.asked for row in rows]]
@@ -120,6 +120,19 @@ class EhviRun:
             chosen.append(int(worth.argmax()))
             model.believe(mean[chosen[-1]], known[chosen[-1]])
         return [rows[best] for best in chosen]
+
+    def _affordable(self) -> Array:
+        """Candidates nearest to the budgets, those within them first, where none that was asked for is: bred on prices alone."""
+        if self.small is not None:
+            return self.small[np.argsort(self.blocks.over(self.small), kind="stable")]
+        rows = np.concatenate([self.rows, self.encoding.sample(self.rng, POOL)])
+        for _ in range(ROUNDS):
+            rows = np.unique(rows, axis=0)
+            best = rows[np.argsort(self.blocks.over(rows), kind="stable")[:PARENTS]]
+            if self.blocks.over(best[BATCH - 1 : BATCH]).max(initial=0.0) == 0:
+                return best
+            rows = np.concatenate([best, self._changed(best, POOL)])
+        return rows[np.argsort(self.blocks.over(rows), kind="stable")]
 
     def _bred(self, model: _Model) -> Array:
         """Candidates that a few generations of changes to the front lead to."""
@@ -180,25 +193,35 @@ class _Model:
     def worth(self, mean: Array, deviation: Array, known: Array) -> Array:
         """Expected hypervolume that each candidate adds (n,), up to a factor."""
         deviation = np.sqrt(deviation**2 + self.noise**2)
+        if known.shape[1] == 0:
+            return _improvement(np.minimum(self.best.min(), self.worst), mean, deviation)
         if known.shape[1] == 1:
             order = np.argsort(self.at[:, 0], kind="stable")
             bounds = np.append(self.worst, np.minimum.accumulate(np.minimum(self.best[order], self.worst)))
             edges = np.concatenate([[-np.inf], self.at[order, 0], self.corner])
             weights = np.clip(edges[None, 1:] - np.maximum(edges[None, :-1], known), 0, None)
         else:
-            below = (self.at[None] <= self.nodes[:, None]).all(axis=2)
+            below = _reaches(self.at, self.nodes).T
             bounds = np.where(below, self.best[None], self.worst).min(axis=1, initial=self.worst)
-            weights = (known[:, None] <= self.nodes[None]).all(axis=2)
+            weights = _reaches(known, self.nodes)
         return np.asarray((weights * _improvement(bounds[None], mean[:, None], deviation[:, None])).sum(axis=1))
 
 
 def _edge(points: Array) -> Array:
     """Indices of the points (n, m) that no other dominates, one of each that are equal in all but the first."""
-    if points.shape[1] > 2:
+    if points.shape[1] != 2:
         return np.array(pareto.front(points))
     order = np.lexsort((points[:, 0], points[:, 1]))
     least = np.minimum.accumulate(np.append(np.inf, points[order, 0]))[:-1]
     return np.asarray(order[points[order, 0] < least])
+
+
+def _reaches(points: Array, nodes: Array) -> Array:
+    """(points, nodes): which points are nowhere above which nodes."""
+    found = points[:, :1] <= nodes[None, :, 0]
+    for number in range(1, nodes.shape[1]):
+        found &= points[:, [number]] <= nodes[None, :, number]
+    return np.asarray(found)
 
 
 def _improvement(bound: Array, mean: Array, deviation: Array) -> Array:

@@ -22,6 +22,8 @@ class Nsga3Run(Nsga2Run):
 
 def directions(objectives: int, most: int) -> np.ndarray[Any, Any]:
     """Evenly spaced directions (n, objectives), at most `most` of them unless one for each objective is more (Das and Dennis 1998)."""
+    if objectives == 1:
+        return np.ones((1, 1))
     parts = 1
     while math.comb(parts + objectives, objectives - 1) <= most:
         parts += 1

@@ -168,6 +168,8 @@ def test_operators_are_records_that_count_their_work(pair):
         assert family.macs(family.operator(config, s, small, workload, FLOAT32)) <= family.macs(operator)
         twice = family.operator(config, s, full, family.workload(config, 4, 5), FLOAT32)
         assert family.macs(twice) == 2 * family.macs(operator)
+        assert 0 < family.activations(family.operator(config, s, small, workload, FLOAT32)) <= family.activations(operator)
+        assert family.activations(twice) == 2 * family.activations(operator)
         if s.layer is not None:
             other = next(o for o in family.segments(config) if o.kind == s.kind and o.layer not in (None, s.layer))
             assert family.operator(config, other, full, workload, FLOAT32) == operator  # equal layers share a row of the table

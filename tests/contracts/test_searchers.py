@@ -32,7 +32,7 @@ def objectives(points, count=2):
     for p in points:
         widths = sum(v for n, v in p.architecture if n != "depth")
         saved = sum(v == "int8" for _, v in p.precision[0][1])
-        rows.append([100 - widths + saved, widths - 3 * saved, float(len(p.architecture))][:count])
+        rows.append([100 - widths + saved, widths - 3 * saved, float(len(p.architecture)), 50.0 - widths][:count])
     return np.array(rows, dtype=float)
 
 
@@ -133,7 +133,7 @@ def test_it_begins_with_some_of_what_it_was_given(name):
 
 
 @pytest.mark.parametrize("name", SEARCHERS)
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_any_number_of_objectives_and_a_population_larger_than_the_space(name, count):
     space = make_space()
     asked = drive(name, space, population=100, count=count)

@@ -262,7 +262,7 @@ def test_a_device_or_a_folder_that_is_none() -> None:
 # ---------------------------------------------------------------------------------------------- budgets
 
 
-@pytest.mark.parametrize(("flag", "metric"), [("latency_ms", "latency_ms"), ("size_mb", "size_mb"), ("macs_m", "macs_m")])
+@pytest.mark.parametrize(("flag", "metric"), [(name, name) for name in ("latency_ms", "size_mb", "macs_m", "memory_mb")])
 def test_a_budget_nothing_meets_names_the_nearest_and_what_would(flag: str, metric: str, copied: None) -> None:
     before = contents(Path("out"))
     command = with_(**{flag: "0.00001"})

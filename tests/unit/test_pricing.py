@@ -61,6 +61,7 @@ def test_costs_are_those_of_the_graph(name, corrected):
             "latency_ms": predict(pricing.table, graph).value,
             "size_mb": (123 + sum(node.size_bytes for node in graph.nodes)) / 1e6,
             "macs_m": sum(node.macs for node in graph.nodes) / 1e6,
+            "memory_mb": (sum(node.size_bytes for node in graph.nodes) + max(node.activation_bytes for node in graph.nodes)) / 1e6,
         }  # fmt: skip
 
 

@@ -54,6 +54,9 @@ class Family:
     def macs(self, operator):
         return operator.dim("width") if operator.kind == "mlp" else 1
 
+    def activations(self, operator):
+        return 8
+
     def inputs(self, config):
         return ()
 

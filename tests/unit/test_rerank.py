@@ -102,8 +102,10 @@ def test_an_error_that_is_minimized_drops_when_it_rises():
 # ---------------------------------------------------------------------------------------------- choose
 
 
-def engine(name, value, p50, p10=None, stderr=0.0, size_mb=1.0, macs_m=1.0, predicted=1.0, metric="accuracy"):
-    graph = OperatorGraph(nodes=(Node(name="n", operator=Operator(kind="k", dims=()), module="m", macs=int(macs_m * 1e6)),))
+def engine(name, value, p50, p10=None, stderr=0.0, size_mb=1.0, macs_m=1.0, predicted=1.0, metric="accuracy", memory=0):
+    kind, macs = Operator(kind="k", dims=()), int(macs_m * 1e6)
+    node = Node(name="n", operator=kind, module="m", macs=macs, size_bytes=10**6, activation_bytes=memory)
+    graph = OperatorGraph(nodes=(node,))
     manifest = EngineManifest(
         name=name, role="candidate", target=TARGET, files=(), graphs=("model.onnx",), inputs=(), outputs=("logits",), labels=(),
         task="classification", graph=graph, size_bytes=int(size_mb * 1e6),
@@ -148,6 +150,9 @@ def test_with_a_cost_budget_the_most_accurate_is_chosen():
     light = (Budget(metric="macs_m", bound=5.0),)
     choice = choose(engine("baseline", 90.0, 4.0, macs_m=9.0), engine("candidate-1", 80.0, 1.0), budgets=light)
     assert choice.rejected == (("baseline", "macs_m 9 > 5"),)
+    small = (Budget(metric="memory_mb", bound=3.0),)  # 1 MB of weights
+    choice = choose(engine("baseline", 90.0, 4.0, memory=2_100_000), engine("candidate-1", 80.0, 1.0, memory=2_000_000), budgets=small)
+    assert choice.rejected == (("baseline", "memory_mb 3.1 > 3"),)
 
 
 def test_ties_go_to_speed_then_to_the_name():
@@ -180,7 +185,7 @@ def test_if_no_engine_is_left_the_error_names_every_fault_and_the_nearest():
 
 
 def there(value, ms, *, baseline=90.0, kind="predicted", size_mb=1.0) -> rerank.There:
-    return rerank.There("pi", "pi4:b:1", kind, ms, int(size_mb * 1e6), score(value), score(baseline))
+    return rerank.There("pi", "pi4:b:1", kind, ms, int(size_mb * 1e6), score(value), score(baseline), memory_mb=3 * size_mb)
 
 
 def test_a_network_must_keep_the_budgets_of_every_device():

@@ -55,6 +55,11 @@ def size_bytes(point: Candidate) -> int:
     return int(sum(value for name, value in point.architecture if name.endswith("width")) * 100_000)
 
 
+def memory_bytes(point: Candidate) -> int:
+    """Grows with size, and with depth where size does not."""
+    return size_bytes(point) // 2 + 200_000 * len(point.architecture)
+
+
 @dataclass
 class Formula:
     """An evaluator that counts."""
@@ -91,7 +96,8 @@ class Prices:
         interval = Interval(value=ms, low=ms, high=ms, unit="ms")
         size = size_bytes(point)
         macs = size // 2
-        return {"latency_ms": ms, "size_mb": size / 1e6, "macs_m": macs / 1e6}, interval, size, size // 4, macs
+        costs = {"latency_ms": ms, "size_mb": size / 1e6, "macs_m": macs / 1e6, "memory_mb": memory_bytes(point) / 1e6}
+        return costs, interval, size, size // 4, macs
 
 
 def run(path, evaluator=None, budgets=(), seed=0, deadline=float("inf"), **settings):
@@ -126,6 +132,10 @@ def test_the_fixture_has_ties_and_dominated_points():
         (("error", "latency_ms"), (latency,)),
         (("error", "latency_ms", "size_mb"), (latency, size_bytes)),
         (("size_mb", "error"), (size_bytes,)),
+        (("error",), ()),
+        (("error", "memory_mb"), (memory_bytes,)),
+        (("error", "latency_ms", "size_mb", "memory_mb"), (latency, size_bytes, memory_bytes)),
+        (("macs_m", "memory_mb", "error"), (size_bytes, memory_bytes)),
     ],
 )
 def test_the_front_of_a_space_that_was_seen_whole_is_the_true_one(name, objectives, costs, tmp_path):
@@ -134,8 +144,20 @@ def test_the_front_of_a_space_that_was_seen_whole_is_the_true_one(name, objectiv
     assert front.scored == 20
     for e in front.evaluations:
         assert (e.score.value, e.latency.value, e.size_bytes) == (accuracy(e.candidate), latency(e.candidate), size_bytes(e.candidate))
+        assert e.memory_bytes == memory_bytes(e.candidate)
     order = [(e.latency.value, -e.score.value, e.candidate.id) for e in front.evaluations]
     assert order == sorted(order)
+
+
+@pytest.mark.parametrize("name", [name for name in SEARCHERS if name != "ehvi"])
+@pytest.mark.parametrize("objectives", [("latency_ms",), ("latency_ms", "memory_mb")])
+def test_without_the_error_among_the_objectives_the_drop_decides_who_may_be_on_the_front(name, objectives, tmp_path):
+    front = run(tmp_path, searcher=name, objectives=objectives, budgets=(Budget(metric="drop", bound=10.0),))
+    fine = [p for p in EVERY if accuracy(p) >= BASELINE - 10]
+    assert 0 < len(fine) < 20
+    costs = {p: (latency(p), memory_bytes(p))[: len(objectives)] for p in fine}
+    best = {p for p in fine if not any(all(b <= a for a, b in zip(costs[p], c, strict=True)) and c != costs[p] for c in costs.values())}
+    assert {e.candidate for e in front.evaluations} == best
 
 
 @pytest.mark.parametrize("name", SEARCHERS)
@@ -213,6 +235,7 @@ def test_no_more_are_scored_than_allowed(name, tmp_path):
             lambda p: latency(p) <= 17 and size_bytes(p) <= 1_600_000,
         ),
         ((Budget(metric="macs_m", bound=0.4),), lambda p: size_bytes(p) // 2 <= 400_000),
+        ((Budget(metric="memory_mb", bound=1.2),), lambda p: memory_bytes(p) <= 1_200_000),
     ],
 )
 def test_what_is_over_budget_is_never_scored(name, budgets, within, tmp_path):
@@ -220,7 +243,7 @@ def test_what_is_over_budget_is_never_scored(name, budgets, within, tmp_path):
     front = run(tmp_path, evaluator, budgets, searcher=name)
     assert 0 < sum(within(p) for p in EVERY) < 20
     assert set(evaluator.calls) == {p for p in EVERY if within(p)}  # a candidate exactly at the bound is within
-    assert any(latency(p) in (12.0, 17.0) or size_bytes(p) in (1_600_000, 800_000) for p in evaluator.calls)
+    assert any(latency(p) in (12.0, 17.0) or size_bytes(p) in (1_600_000, 800_000) or memory_bytes(p) == 1_200_000 for p in evaluator.calls)
     assert {e.candidate for e in front.evaluations} == brute_force(within)
 
 

@@ -52,7 +52,7 @@ def test_every_unknown_key_is_named_with_the_nearest_known(tmp_path):
 
 
 def test_every_wrong_value_is_named_at_once(tmp_path):
-    finetune, search = "batch_size = 0\nce_weight = 1.5", 'objectives = ["error"]\nsearcher = "luck"'
+    finetune, search = "batch_size = 0\nce_weight = 1.5", 'objectives = []\nsearcher = "luck"'
     detail = faults(f'threads = 0\ntask = "poetry"\n[finetune]\n{finetune}\n[search]\n{search}\n', tmp_path).detail
     for part in ("threads = 0: at least 1", "finetune.batch_size = 0", "finetune.ce_weight = 1.5", "search.objectives", "budget"):
         assert part in detail
@@ -94,8 +94,38 @@ def test_a_missing_recipe_and_a_folder_are_errors(tmp_path):
 def test_no_budget_is_refused_and_the_flags_are_named():
     with pytest.raises(RecipeError) as caught:
         settings.check(Recipe(model="mine"))
-    for flag in ("--max-drop", "--latency-ms", "--size-mb", "--macs-m"):
+    for flag in ("--max-drop", "--latency-ms", "--size-mb", "--macs-m", "--memory-mb"):
         assert flag in caught.value.detail
+
+
+OBJECTIVES = [
+    (("error",), True), (("error", "latency_ms", "macs_m", "memory_mb"), True), (("latency_ms", "size_mb"), True), ((), False),
+    (("error", "error"), False), (("error", "latency_ms", "size_mb", "macs_m", "memory_mb"), False), (("error", "energy"), False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "fine"), OBJECTIVES)
+def test_one_to_four_objectives(names, fine):
+    recipe = Recipe(budgets=Budgets(max_drop=1.0), search=settings.SearchSettings(objectives=names, searcher="nsga2"))
+    if fine:
+        assert settings.check(recipe) == recipe
+    else:
+        with pytest.raises(RecipeError) as caught:
+            settings.check(recipe)
+        assert "one to four of error, latency_ms, size_mb, macs_m, memory_mb, worst_ratio" in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    ("budgets", "searcher", "says"),
+    [
+        (Budgets(size_mb=1.0), "nsga2", "without error nothing keeps a network from being useless"),
+        (Budgets(max_drop=1.0), "ehvi", "ehvi: predicts the error, which is not among search.objectives"),
+    ],
+)
+def test_what_a_search_without_the_error_needs(budgets, searcher, says):
+    with pytest.raises(RecipeError) as caught:
+        settings.check(Recipe(budgets=budgets, search=settings.SearchSettings(objectives=("latency_ms",), searcher=searcher)))
+    assert says in caught.value.detail
 
 
 @pytest.mark.parametrize(("name", "bound", "fine"), [("max_drop", 0.0, True), ("latency_ms", 0.0, False), ("size_mb", -1.0, False)])

@@ -104,7 +104,8 @@ class Prices:
         ms = latency(point, self.target.id)
         int8 = sum(value == "int8" for _, value in dict(point.precision)[self.target.id])
         size = 1_000_000 * len(point.architecture) - 100_000 * int8
-        return {"latency_ms": ms, "size_mb": size / 1e6, "macs_m": 1.0}, Interval(value=ms, low=ms, high=ms, unit="ms"), size, 1, 1_000_000
+        costs = {"latency_ms": ms, "size_mb": size / 1e6, "macs_m": 1.0, "memory_mb": size / 5e5}
+        return costs, Interval(value=ms, low=ms, high=ms, unit="ms"), size, 1, 1_000_000
 
 
 def run(path: Any, evaluator: Any = None, budgets: Any = (), space: Any = SPACE, targets: Any = (HERE, THERE), **settings: Any) -> Front:

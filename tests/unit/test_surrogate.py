@@ -152,3 +152,24 @@ def test_without_the_error_there_is_nothing_to_model():
     with pytest.raises(RecipeError, match="0 of 2") as caught:
         plugins.get("searchers", "ehvi").start(both, 8, (), 0)
     assert "error" in caught.value.hint
+
+
+def test_where_nothing_asked_for_is_affordable_prices_alone_lead_to_what_is():
+    """A budget that one in a hundred million keeps, nowhere near the extremes: chance would not come upon it."""
+    space = make_space(layers=12)
+    encoding, rng = Encoding(space), np.random.default_rng(3)
+    hidden = encoding.sample(rng, 1)[0]
+
+    def over(point):
+        return max(0.0, float((encoding.encode([point])[0] != hidden).sum()) - 2)
+
+    run = EhviRun(Problem(space, 2, lambda p: Price((None, milliseconds(p)), over(p)), True), 8, (), 0)
+    assert min(over(encoding.decode(row)) for row in encoding.sample(rng, 2000)) > 0
+    asked = []
+    for _ in range(5):
+        points = run.ask()
+        excess = np.array([over(p) for p in points])
+        run.tell(points, np.column_stack([np.where(excess > 0, 1e6, 5.0), [milliseconds(p) for p in points]]), excess)
+        asked += points
+    assert len(set(asked)) == len(asked)
+    assert sum(over(p) == 0 for p in asked) >= 8

@@ -41,6 +41,7 @@ from transformers import BertConfig, ViTConfig
 
 from nascompile import latency_table, models, network, pareto, plugins, profiler, records, space as spaces, targets
 from nascompile.records import Candidate, LatencyTable, SearchSpace, TableRow, digest, write_atomic
+from nascompile.searchers import Price, Problem
 
 DEMO = Path(__file__).resolve().parents[2] / "nascompile" / "demo" / "model"
 _SMALL = {"hidden_size": 384, "intermediate_size": 1536}
@@ -262,13 +263,14 @@ def _front(case: Case, table: LatencyTable, space: SearchSpace) -> list[Candidat
     A quality is a sum over active genes that rises with every step of size, by random amounts, and falls with fewer bits.
     """
     found: dict[Candidate, None] = {}
+    problem = Problem(space, 2, lambda point: Price((None, None)))
     for turn in range(2):
         rng = np.random.default_rng((SEED, turn))
         worth = {}
         for gene in space.genes:
             sizes = np.cumsum(rng.exponential(size=len(gene.choices))) * rng.exponential()
             worth[gene.name] = dict(zip(gene.choices, sizes if gene.kind == "architecture" else -0.3 * sizes, strict=True))
-        run = plugins.get("searchers", "nsga2").start(space, 2, POPULATION, (), SEED + turn)
+        run = plugins.get("searchers", "nsga2").start(problem, POPULATION, (), SEED + turn)
         scored: dict[Candidate, list[float]] = {}
         for _ in range(GENERATIONS):
             if not (points := run.ask()):
