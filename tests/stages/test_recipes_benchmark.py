@@ -82,6 +82,9 @@ def test_accuracies_are_those_of_the_kept_rows(bench, printed, arguments):
         assert gap["all"]["points"] == pytest.approx(np.mean(values[:3]) - np.mean(list(alone.values())))
         low, high = gap["all"]["interval"]
         assert low < gap["all"]["points"] < high
+        other = next(row for row in kept if (row["recipe"], row["aware"]) == ("spos", True))["networks"]
+        ahead = np.mean(values[2:]) - np.mean([e[kind] for e in other[2:]])
+        assert shown[kind]["against"]["spos"]["random"]["points"] == pytest.approx(ahead)
         (before,) = (row for row in kept if (row["recipe"], row["aware"]) == ("bignas", False))
         over = np.mean(values) - np.mean([entry[kind] for entry in before["networks"]])
         assert shown[kind]["over_ptq"]["points"] == pytest.approx(over)

@@ -17,9 +17,9 @@ Searches (all by the same searcher, for error on validation and the latency that
 Cost is the number of candidates scored, each on all of validation, INT8 emulated as the engines compute it. The hypervolume is of error x
 latency, below ten points more error than the whole network in FP32 has, and below its latency, as a share of the box down to (0, 0).
 
-At the accuracy of uniform INT8 (the whole network, every block quantized), and at half a point less: each search's fastest candidate by the
-table that is as accurate on validation is built as an engine, for the first --engines seeds; of those that the table has within 2 % of it,
-the smallest. All engines of a task are timed in turns. Their files are scored on validation and, where the run's choice is made, on test,
+At the accuracy of uniform INT8 (the whole network, every block quantized), also with no more bytes than that, and at half a point less: each
+search's fastest candidate by the table that is so on validation is built as an engine, for the first --engines seeds; of those that the
+table has within 2 % of it, the smallest. All engines of a task are timed in turns. Their files are scored on validation and, where the run's choice is made, on test,
 which nothing here is chosen by.
 
 Everything is kept under --cache, and what is kept is not done again; a score that is committed is not computed again where weights and
@@ -68,8 +68,10 @@ PICKED = 5
 WORSE = 10.0
 """Points of error between the whole network in FP32 and the reference point."""
 CHECKPOINTS = (25, 50, 75, 100)
-LOSSES, EQUAL = (0.0, 0.5), 0.02
-"""Points below the accuracy of uniform INT8 that an engine may have; latencies that count as equal, as a share."""
+BARS = {"as accurate": (0.0, False), "as accurate and no larger": (0.0, True), "within half a point": (0.5, False)}
+"""What an engine must be beside uniform INT8 ▸ points that it may lose, whether it may have no more bytes."""
+EQUAL = 0.02
+"""Latencies that count as equal, as a share."""
 ROUNDS, SECONDS = 3, 1.0
 """Windows in which all engines take turns, and timing of an engine in each."""
 PUBLISHED = {
@@ -428,13 +430,15 @@ def stored() -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ engines
 
 
-def chosen(world: World, found: Mapping[str, Sequence[Search]], seeds: int, loss: float) -> dict[str, list[str | None]]:
-    """Method ▸ per seed the genome of its fastest candidate within `loss` points of uniform INT8; None where there is none."""
-    bar = world.error(spaces.uniform(world.space), world.known) + loss + 1e-9
+def chosen(world: World, found: Mapping[str, Sequence[Search]], seeds: int, name: str) -> dict[str, list[str | None]]:
+    """Method ▸ per seed the genome of its fastest candidate that keeps a bar; None where there is none."""
+    (loss, no_larger), uniform = BARS[name], spaces.uniform(world.space)
+    bar, most = world.error(uniform, world.known) + loss + 1e-9, world.size_mb(world.genome(uniform)) if no_larger else float("inf")
     best: dict[str, list[str | None]] = {}
     for method, searches in found.items():
         for one in searches[:seeds]:
             rows = [(ms, genome) for ms, error, genome in zip(one.latencies, one.errors, one.genomes, strict=True) if error <= bar]
+            rows = [(ms, genome) for ms, genome in rows if world.size_mb(genome) <= most]
             least = min((ms for ms, _ in rows), default=0.0)
             equal = [(world.size_mb(genome), ms, genome) for ms, genome in rows if ms <= (1 + EQUAL) * least]
             best.setdefault(method, []).append(min(equal)[2] if equal else None)
@@ -555,20 +559,20 @@ def fronts(world: World, searches: Sequence[Search]) -> dict[str, float]:
 def engines(world: World, found: Mapping[str, Sequence[Search]], seeds: int) -> dict[str, Any]:
     """Engines at the accuracy of uniform INT8, against that engine and the whole network in FP32."""
     whole = {"FP32": world.genome(spaces.largest(world.space)), "INT8": world.genome(spaces.uniform(world.space))}
-    best = {loss: chosen(world, found, seeds, loss) for loss in LOSSES}
+    best = {name: chosen(world, found, seeds, name) for name in BARS}
     picked = [genome for methods in best.values() for genomes in methods.values() for genome in genomes if genome]
     shown = measured(world, dict.fromkeys([*whole.values(), *picked]))
     predicted = {genome: world.latency(world.candidate(genome)) for genome in shown}
     entry: dict[str, Any] = {
-        "whole_networks": {name: _engine_row(world, shown, genome, whole["INT8"]) for name, genome in whole.items()}, "within": {},
+        "whole_networks": {name: _engine_row(world, shown, genome, whole["INT8"]) for name, genome in whole.items()}, "bars": {},
         "prediction_error_percent": spread([100 * (predicted[g] / float(np.median(row["ms"])) - 1) for g, row in shown.items()]),
         "published": PUBLISHED,
     }  # fmt: skip
-    for loss, methods in best.items():
-        part = entry["within"][str(loss)] = {}
+    for bar, methods in best.items():
+        part = entry["bars"][bar] = {}
         for method, genomes in methods.items():
             rows = [_engine_row(world, shown, genome, whole["INT8"]) for genome in genomes if genome]
-            part[method] = {"seeds": len(genomes), "as_accurate": len(rows), "engines": rows}
+            part[method] = {"seeds": len(genomes), "found": len(rows), "engines": rows}
             for name in ("speed_up", "size_reduction", "points_on_validation", "points_on_test"):
                 if rows and all(row.get(name) is not None for row in rows):
                     part[method][name] = spread([row[name] for row in rows])
@@ -611,10 +615,10 @@ def show(rows: Iterable[Mapping[str, Any]]) -> None:
         for name, one in found["whole_networks"].items():
             accuracy = ", ".join(f"{split} {value:.2f} %" for split, value in one["accuracy"].items())
             print(f"  whole network in {name}: {one['latency_ms'][0]:.3f} ms, {one['size_mb']:.2f} MB, {accuracy}")
-        for loss, methods in found["within"].items():
-            print(f"  the fastest within {loss} points of uniform INT8; against its engine, median (lowest, highest) over seeds:")
+        for bar, methods in found["bars"].items():
+            print(f"  the fastest {bar}; against uniform INT8's engine, median (lowest, highest) over seeds:")
             for method, one in methods.items():
-                text = f"    {method:20} {one['as_accurate']} of {one['seeds']} seeds"
+                text = f"    {method:20} {one['found']} of {one['seeds']} seeds"
                 for name, unit in (("speed_up", "x faster"), ("size_reduction", "x smaller"), ("points_on_test", "points on test")):
                     if name in one:
                         text += "; {:.2f} ({:.2f}, {:.2f}) {}".format(*one[name], unit)

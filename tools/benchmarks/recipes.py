@@ -390,6 +390,13 @@ def table(rows: Iterable[Mapping[str, Any]], alone: int) -> list[dict[str, Any]]
                         name: _gap(cell, other, part, kind)
                         for name, part in (("smallest", [0]), ("random", compared[2:]), ("largest", [1]), ("all", compared))
                     }  # fmt: skip
+            for rival in RECIPES:
+                other = kept.get((task, rival, aware), {})
+                if recipe in RECIPES and recipe != rival and other:
+                    entry[kind].setdefault("against", {})[rival] = {
+                        name: _gap(cell, other, part, kind)
+                        for name, part in (("smallest", [0]), ("random", range(2, 2 + RANDOM)), ("largest", [1]))
+                    }  # fmt: skip
             plain = kept.get((task, recipe, False), {})
             if aware and plain:
                 entry[kind]["over_ptq"] = _gap(cell, plain, range(2 + RANDOM), kind)
@@ -570,6 +577,10 @@ def _show(found: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) -> None:
                 if gap["all"]:
                     low, high = gap["all"]["interval"]
                     text += f"; {gap['all']['points']:+.2f} [{low:+.2f}, {high:+.2f}] to {reference} ({gap['all']['networks']} trainings)"
+            for rival, gap in entry.get("against", {}).items():
+                if gap["random"]:
+                    low, high = gap["random"]["interval"]
+                    text += f"; random ones {gap['random']['points']:+.2f} [{low:+.2f}, {high:+.2f}] to {rival}"
             if over := entry.get("over_ptq"):
                 text += f"; {over['points']:+.2f} [{over['interval'][0]:+.2f}, {over['interval'][1]:+.2f}] to ptq"
             print(text)
