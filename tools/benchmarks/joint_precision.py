@@ -19,8 +19,8 @@ latency, below ten points more error than the whole network in FP32 has, and bel
 
 At the accuracy of uniform INT8 (the whole network, every block quantized), also with no more bytes than that, and at half a point less: each
 search's fastest candidate by the table that is so on validation is built as an engine, for the first --engines seeds; of those that the
-table has within 2 % of it, the smallest. All engines of a task are timed in turns. Their files are scored on validation and, where the run's choice is made, on test,
-which nothing here is chosen by.
+table has within 2 % of it, the smallest. All engines of a task are timed in turns. Their files are scored on validation and, where the
+run's choice is made, on test, which nothing here is chosen by.
 
 Everything is kept under --cache, and what is kept is not done again; a score that is committed is not computed again where weights and
 samples are the same. --fresh starts over.
