@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from nascompile import space as spaces
+from nascompile import pareto, space as spaces
 from nascompile.searchers.encoding import Encoding
 from nascompile.searchers.gaussian import Features
 
@@ -173,3 +173,17 @@ def test_stored_results_are_printed_or_missed_with_a_hint(bench, monkeypatch, tm
     monkeypatch.setattr(bench, "STORED", tmp_path / "none.json.xz")
     with pytest.raises(SystemExit, match="no result is stored"):
         bench.main(["--stored"])
+
+
+def test_the_committed_result_is_that_of_its_searches(bench):
+    content = bench.stored()
+    assert bench.STORED.stat().st_size < 300_000
+    searches = bench.msgspec.convert(content["searches"], type=list[bench.Search])
+    for row in content["rows"]:
+        reference = (row["reference"]["error"], row["reference"]["latency_ms"])
+        for method, shown in row["methods"].items():
+            own = [s for s in searches if (s.task, s.method) == (row["task"], method)]
+            assert sorted(s.seed for s in own) == list(range(bench.SEEDS[row["task"]]))
+            volumes = [pareto.hypervolume(list(zip(s.errors, s.latencies, strict=True)), reference) for s in own]
+            assert shown["hypervolume"][0] == pytest.approx(np.mean(volumes) / (reference[0] * reference[1]))
+            assert {len(s.genomes) for s in own} == {row["budget"]}

@@ -17,9 +17,9 @@ Searches (all by the same searcher, for error on validation and the latency that
 Cost is the number of candidates scored, each on all of validation, INT8 emulated as the engines compute it. The hypervolume is of error x
 latency, below ten points more error than the whole network in FP32 has, and below its latency, as a share of the box down to (0, 0).
 
-At the accuracy of uniform INT8 (the whole network, every block quantized), also with no more bytes than that, and at half a point less: each
-search's fastest candidate by the table that is so on validation is built as an engine, for the first --engines seeds; of those that the
-table has within 2 % of it, the smallest. All engines of a task are timed in turns. Their files are scored on validation and, where the
+Engines: each search's fastest candidate by the table is built that is as accurate on validation as uniform INT8 (the whole network, every
+block quantized), one that has no more bytes either, and one within half a point, for the first --engines seeds; of those that the table
+has within 2 % of the fastest, the smallest. All engines of a task are timed in turns. Their files are scored on validation and, where the
 run's choice is made, on test, which nothing here is chosen by.
 
 Everything is kept under --cache, and what is kept is not done again; a score that is committed is not computed again where weights and
@@ -74,6 +74,7 @@ EQUAL = 0.02
 """Latencies that count as equal, as a share."""
 ROUNDS, SECONDS = 3, 1.0
 """Windows in which all engines take turns, and timing of an engine in each."""
+EMBEDDING = "embedding.precision"
 PUBLISHED = {
     "paper": "SimQ-NAS (arXiv 2312.13301)", "latency_speed_up": 4.80, "size_reduction": 3.44,
     "said": "up to, on its own devices and models, against fully INT8 baselines without loss of accuracy",
@@ -535,25 +536,44 @@ def summary(world: World, found: Mapping[str, Sequence[Search]], budget: int) ->
     environment = {**dict(world.table.environment.must_match), **dict(world.table.environment.recorded)}
     return {
         "task": world.place.task, "candidates": spaces.size(world.space), "budget": budget, "seeds": len(found[JOINT]),
-        "reference": {"error": reference[0], "latency_ms": reference[1]}, "methods": rows, "front": fronts(world, found[JOINT]),
+        "reference": {"error": reference[0], "latency_ms": reference[1]}, "methods": rows, "front": fronts(world, found[JOINT], reference),
         "table_interval": world.table.relative_error,
         "searcher_unchanged": all(one.code == code_digest() for searches in found.values() for one in searches),
         "environment": {name: environment[name] for name in ("cpu", "threads", "onnxruntime", "os") if name in environment},
     }  # fmt: skip
 
 
-def fronts(world: World, searches: Sequence[Search]) -> dict[str, float]:
-    """Of all candidates on fronts of joint searches, the share in FP32, wholly quantized, so but for the embedding, and mixed otherwise."""
-    counts = {"fp32": 0, "quantized": 0, "embedding in FP32": 0, "mixed": 0}
+def made_of(world: World, genome: str) -> str:
+    """What precisions a candidate has: all FP32, all quantized, so but for the embedding, or mixed otherwise."""
+    point = world.candidate(genome)
+    own, cheap = dict(point.precision[0][1]), dict(spaces.quantized(world.space, point).precision[0][1])
+    if set(own.values()) == {"fp32"}:
+        return "fp32"
+    left = {name for name, value in own.items() if value != cheap[name]}
+    return "mixed" if left - {EMBEDDING} else "embedding in FP32" if left else "quantized"
+
+
+def fronts(world: World, searches: Sequence[Search], reference: tuple[float, float]) -> dict[str, Any]:
+    """Shares of what candidates on fronts of joint searches are made of, and the hypervolume without the mixed ones, mean over seeds."""
+    counts, without = {"fp32": 0, "quantized": 0, "embedding in FP32": 0, "mixed": 0}, []
     for one in searches:
-        for genome, _, _ in front(list(zip(one.genomes, one.errors, one.latencies, strict=True))):
-            point = world.candidate(genome)
-            cheap = dict(spaces.quantized(world.space, point).precision[0][1])
-            left = {name for name, value in point.precision[0][1] if value != cheap[name]}
-            layers = left - {"embedding.precision"}
-            whole = {value for _, value in point.precision[0][1]} == {"fp32"}
-            counts["fp32" if whole else "mixed" if layers else "embedding in FP32" if left else "quantized"] += 1
-    return {name: count / sum(counts.values()) for name, count in counts.items()}
+        rows = list(zip(one.genomes, one.errors, one.latencies, strict=True))
+        for genome, _, _ in front(rows):
+            counts[made_of(world, genome)] += 1
+        without.append(_volume([row[1:] for row in rows if made_of(world, row[0]) != "mixed"], reference))
+    shares = {name: count / sum(counts.values()) for name, count in counts.items()}
+    return {"shares": shares, "hypervolume_without_mixed": float(np.mean(without)), "embedding": embedding(world)}
+
+
+def embedding(world: World) -> dict[str, float] | None:
+    """Of scored candidates that differ in the embedding's precision alone: points of error that FP32 adds, mean and deviation."""
+    slots = spaces.gene_names(world.space)
+    if EMBEDDING not in slots:
+        return None
+    place, known = slots.index(EMBEDDING), world.known
+    pairs = [(g, g[:place] + "1" + g[place + 1 :]) for g in known if g[place] == "0"]
+    gaps = [known[a] - known[b] for a, b in pairs if b in known]
+    return {"pairs": len(gaps), "mean": float(np.mean(gaps)), "deviation": float(np.std(gaps))} if gaps else None
 
 
 def engines(world: World, found: Mapping[str, Sequence[Search]], seeds: int) -> dict[str, Any]:
@@ -608,7 +628,10 @@ def show(rows: Iterable[Mapping[str, Any]]) -> None:
             if found["joint_is_ahead_by"]:
                 text += "  joint is ahead by {:+.4f} [{:+.4f}, {:+.4f}]".format(*found["joint_is_ahead_by"])
             print(text)
-        print("  joint fronts:", ", ".join(f"{name} {share:.0%}" for name, share in row["front"].items()))
+        made, text = row["front"], ", ".join(f"{name} {share:.0%}" for name, share in row["front"]["shares"].items())
+        print(f"  joint fronts: {text}; without the mixed ones {made['hypervolume_without_mixed']:.4f}")
+        if pairs := made["embedding"]:
+            print(f"  an embedding in FP32: {pairs['mean']:+.2f} ± {pairs['deviation']:.2f} points of error in {pairs['pairs']} pairs")
         if not row.get("engines"):
             continue
         found = row["engines"]
