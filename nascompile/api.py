@@ -28,7 +28,7 @@ class Compiled:
     report: Path
     """The HTML report."""
     summary: Mapping[str, Any]
-    """Baseline, uniform INT8 and chosen engine: accuracy, p50_ms, throughput, size_bytes."""
+    """Baseline, uniform INT8 and chosen engine: accuracy, latency_ms, p50_ms, throughput, size_bytes."""
 
     def load(self) -> Engine:
         """The chosen engine, ready to predict."""

@@ -117,9 +117,9 @@ def export_kit(
         form = kit.form_for(target.backend, provider, processor or ("here" if recipe.device == targets.LOCAL else "any"))
         target = msgspec.structs.replace(target, session=kit.session(target.session, provider))
         precisions = recipe.search.precisions if provider == "cpu" else kit.GPU_PRECISIONS
-        places = [(form, target), *((plugins.get("backends", t.backend), t) for t in targets.several(target, recipe.also)[1:])]
+        of_each = [(form, target), *((plugins.get("backends", t.backend), t) for t in targets.several(target, recipe.also)[1:])]
         weights = models.weights_digest(context.model_folder)
-        space = spaces.of_targets(network.shared_space(family, config, places, weights, (), precisions), (0,))
+        space = spaces.of_targets(network.shared_space(family, config, of_each, weights, (), precisions), (0,))
         if provider != "cpu":
             space = network.half_space(family, config, space)
         return kit.export(

@@ -564,10 +564,11 @@ def validate(
             ratio = beside.canary(found, model, run_folder)
     noisy = sum(row.noisy for row in found.rows)
     if as_json:
-        facts = {"rows": len(found.rows), "noisy": noisy, "networks": len(found.validation), "relative_error": found.relative_error}
+        facts = {"rows": len(found.rows), "noisy": noisy, "networks": len(found.validation), "relative_error": found.relative_error,
+                 "absolute_error_ms": found.absolute_error_ms}
         return _print_json({"table": str(table), "valid": True, **facts, "canary": ratio})
     typer.echo(f"{table}: sound, and of this environment")
-    typer.echo(f"{len(found.rows)} rows ({noisy} noisy), ± {found.relative_error:.1%} over {len(found.validation)} networks")
+    typer.echo(f"{len(found.rows)} rows ({noisy} noisy), {latency_table.error_text(found)} over {len(found.validation)} networks")
     if ratio is not None:
         typer.echo(f"canary: operators take {ratio:.3f} times what the table says (median)")
 
@@ -738,16 +739,17 @@ def kit_import(
     quiet: Quiet = False,
 ) -> None:
     """Check what came back from a device and make its latency table; print the path."""
-    from nascompile import beside
+    from nascompile import beside, latency_table
 
     with _progress(quiet) as progress, redirect_stdout(sys.stderr):
         path, table = beside.import_kit(results, kit, folder, progress)
     noisy = sum(row.noisy for row in table.rows)
     if as_json:
-        return _print_json({"table": str(path), "rows": len(table.rows), "noisy": noisy, "relative_error": table.relative_error})
+        return _print_json({"table": str(path), "rows": len(table.rows), "noisy": noisy, "relative_error": table.relative_error,
+                            "absolute_error_ms": table.absolute_error_ms})
     typer.echo(path)
     emulated = "; EMULATED: these times are not real" if dict(table.environment.must_match).get("emulated") else ""
-    typer.echo(f"{len(table.rows)} rows ({noisy} noisy), 90 % interval ± {table.relative_error:.1%}{emulated}", err=True)
+    typer.echo(f"{len(table.rows)} rows ({noisy} noisy), 90 % interval {latency_table.error_text(table)}{emulated}", err=True)
     return None
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import gc
 import hashlib
 import importlib.metadata
@@ -118,6 +119,11 @@ class Kit:
         if self.provider != "cpu" and hasattr(runtime, "preload_dlls"):
             runtime.preload_dlls()  # NVIDIA's libraries from where pip puts them, which no loader looks into
         return runtime
+
+    @functools.cached_property
+    def core(self) -> Any:
+        """OpenVINO's, one for all graphs: after several have gone, signals such as Ctrl-C may find no stack to be handled on."""
+        return self.runtime.Core()
 
     def check_processor(self) -> None:
         inexact = platform.machine().lower() in X86 and not {"avx512_vnni", "avx_vnni"} & set(self.isa())
@@ -374,7 +380,7 @@ def onnxruntime_call(kit: Kit, path: Path, inputs: dict[str, Any], strict: bool 
 
 
 def openvino_call(kit: Kit, path: Path, inputs: dict[str, Any]) -> Any:
-    core = kit.runtime.Core()
+    core = kit.core
     model = core.read_model(str(path))
     settings = {name.upper(): value.upper() for name, value in kit.session.items()}
     if "WORKLOAD" in settings.pop("STATIC_SHAPE", "WORKLOAD").split(","):

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import math
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ from nascompile.records import (
 LEVEL = 0.9
 FLOOR = 0.01
 """No interval is narrower than ± this fraction: the same engine timed twice differs by that much."""
+_STEPS, _LEAST_TO_SPLIT = 40, 8
+"""Of the grid on which an interval's two parts are looked for, and the fewest networks that tell them apart."""
 MERGED = "merged"
 """In what is recorded of a merged table: the ends of its parts' file names. Its validation networks are predicted by these parts."""
 FOREIGN = "a latency table of another environment"
@@ -76,8 +79,25 @@ def predict(table: LatencyTable, graph: OperatorGraph) -> Interval:
             hint=f"`nascompile profile --device {table.target.device} --backend {table.target.backend}` with the same model adds them",
         )
     value = total(table, known, graph)
-    low, high = max(0.0, value * (1 - table.relative_error)), value * (1 + table.relative_error)
-    return Interval(value=value, low=low, high=high, unit="ms", level=LEVEL)
+    half = half_width(table, value)
+    return Interval(value=value, low=max(0.0, value - half), high=value + half, unit="ms", level=LEVEL)
+
+
+def half_width(table: LatencyTable, value: float) -> float:
+    """Of the 90 % interval around a prediction, both in ms."""
+    return math.hypot(table.relative_error * value, table.absolute_error_ms)
+
+
+def typical_error(table: LatencyTable) -> float:
+    """Half width of the interval of a network in the middle of those that gave it, as a fraction."""
+    middle = statistics.median(r.predicted_ms for r in table.validation) if table.validation else math.inf
+    return half_width(table, middle) / middle if middle < math.inf else table.relative_error
+
+
+def error_text(table: LatencyTable) -> str:
+    """The interval in words, for example `±2.1 %` or `±1.0 % and ±0.016 ms`."""
+    shown = f"±{100 * table.relative_error:.1f} %"
+    return f"{shown} and ±{table.absolute_error_ms:.2g} ms" if table.absolute_error_ms else shown
 
 
 def total(table: LatencyTable, known: Mapping[Operator, TableRow], graph: OperatorGraph) -> float:
@@ -144,17 +164,27 @@ def missing(table: LatencyTable | None, operators: Iterable[Operator]) -> tuple[
     return tuple(operator for operator in dict.fromkeys(operators) if operator not in known)
 
 
-def interval_half_width(residuals: Sequence[Residual]) -> float:
-    """Half width, as a fraction, of the 90 % prediction interval around a table's prediction; infinite without networks.
+def interval_half_width(residuals: Sequence[Residual]) -> tuple[float, float]:
+    """Half widths of the 90 % prediction interval: that of long calls, as a fraction, and that of very short ones, in ms.
 
-    Errors are taken as centred on zero, so their root mean square has as many degrees of freedom as there are networks, and
-    Student's t widens it for a small number of them.
+    Errors are taken as normal about zero with variance (a · predicted)² + b², the likeliest a and b on a grid; a alone for few networks.
+    Student's t, with as many degrees of freedom as there are networks, widens both for a small number of them. Infinite without networks.
     """
     if not residuals:
-        return float("inf")
+        return float("inf"), 0.0
+    import numpy as np  # what starts without it, such as the command line's help, stays fast
+
     errors = [r.measured.value / r.predicted_ms - 1 for r in residuals]
-    spread = math.sqrt(sum(e * e for e in errors) / len(errors))
-    return max(FLOOR, _t95(len(errors)) * spread)
+    spread, factor = math.sqrt(sum(e * e for e in errors) / len(errors)), _t95(len(errors))
+    if len(residuals) < _LEAST_TO_SPLIT or factor * spread <= FLOOR:
+        return max(FLOOR, factor * spread), 0.0
+    predicted = np.array([r.predicted_ms for r in residuals])
+    missed = np.array([r.measured.value for r in residuals]) - predicted
+    steps = np.linspace(0.0, 1.0, _STEPS + 1) ** 2
+    a, b = (found.ravel()[1:] for found in np.meshgrid(spread * steps, np.abs(missed).max() * steps, indexing="ij"))
+    variances = (a[:, None] * predicted) ** 2 + b[:, None] ** 2
+    best = int(np.argmin((np.log(variances) + missed**2 / variances).sum(axis=1)))  # twice the negative logarithm of the likelihood
+    return max(FLOOR, factor * float(a[best])), factor * float(b[best])
 
 
 # ---------------------------------------------------------------------------------------------- whose table it is
@@ -309,7 +339,7 @@ def stored(target: Target, operators: Sequence[Operator], explicit: Path | None 
         fields = dict(table.environment.must_match)
         if table.target == target and fields.get("lowering", lowering_digest()) == lowering_digest() and not fields.get("emulated"):
             lacking = missing(table, operators)
-            found.append(((len(lacking), table.relative_error, rank), Found(path, table, lacking)))
+            found.append(((len(lacking), typical_error(table), rank), Found(path, table, lacking)))
     return min(found, key=lambda item: item[0])[1] if found else None
 
 
@@ -359,7 +389,7 @@ def merge(a: LatencyTable, b: LatencyTable) -> LatencyTable:
                 rows[row.operator] = scaled
     recorded = (*(pair for pair in a.environment.recorded if pair[0] != MERGED), (MERGED, " ".join(records.digest(t)[:8] for t in (a, b))))
     calls = [rescaled(table.call, table.scale) for table in (a, b) if table.call]
-    best = min((a, b), key=lambda table: table.relative_error)
+    best = min((a, b), key=typical_error)
     rest = best.correction
     if rest:
         line = tuple((place, best.scale * ms) for place, ms in rest.reach)
@@ -369,6 +399,7 @@ def merge(a: LatencyTable, b: LatencyTable) -> LatencyTable:
         target=a.target, environment=Environment(must_match=a.environment.must_match, recorded=recorded), rows=tuple(rows.values()),
         call=min(calls, key=noise, default=None), correction=rest,
         validation=(*a.validation, *b.validation), relative_error=max(a.relative_error, b.relative_error),
+        absolute_error_ms=max(a.absolute_error_ms, b.absolute_error_ms),
         drift=max(a.drift, b.drift), seconds=a.seconds + b.seconds,
     )  # fmt: skip
 

@@ -29,6 +29,7 @@ from nascompile import (
     measure,
     models,
     network,
+    places,
     plugins,
     profiler,
     report,
@@ -369,9 +370,9 @@ class Context:
 
     def space_of(self, config: Any, order: tuple[int, ...]) -> SearchSpace:
         """The search space with its layers in a given order of importance."""
-        places = ((self.backend, self.target), *((f.backend, f.target) for f in self.further))
+        of_each = ((self.backend, self.target), *((f.backend, f.target) for f in self.further))
         return network.shared_space(
-            self.family, config, places, models.weights_digest(self.model_folder), order, self.recipe.search.precisions
+            self.family, config, of_each, models.weights_digest(self.model_folder), order, self.recipe.search.precisions
         )
 
     def _operators(self, number: int) -> tuple[Operator, ...]:
@@ -482,7 +483,7 @@ class Context:
             table = self._table(own, self.target, self.backend, self.device, explicit)
             environment = self.device.environment(self.target, self.backend.versions())
         save(table, self.out / "table.json")
-        self.progress.note(f"{len(table.rows)} operators, 90 % interval ±{100 * table.relative_error:.1f} %")
+        self.progress.note(f"{len(table.rows)} operators, 90 % interval {latency_table.error_text(table)}")
         written, folder = [self.out / "table.json", *self._note_foreign(table, environment)], several.tables_folder(self.recipe)
         for number, f in enumerate(self.further, 1):
             if f.absent:
@@ -499,7 +500,7 @@ class Context:
                 table = self._table(spaces.of_targets(shared, (number,)), f.target, f.backend, device, folder)
             save(table, self.out / "tables" / f"{f.file}.json")
             written.append(self.out / "tables" / f"{f.file}.json")
-            self.progress.note(f"{f.label}: {len(table.rows)} operators, 90 % interval ±{100 * table.relative_error:.1f} %")
+            self.progress.note(f"{f.label}: {len(table.rows)} operators, 90 % interval {latency_table.error_text(table)}")
         _discard(self.out, (FRESH,))
         return written
 
@@ -510,6 +511,9 @@ class Context:
         found = None
         if self.table_use != "fresh":
             found = latency_table.find(target, environment, operators, explicit, self.recipe.allow_foreign)
+        own = found and not latency_table.differences(found.table.environment, environment)
+        if found and own and not self._still_holds(found, operators, space, backend, device):
+            found = None
         if self.table_use == "add-missing" and found is None:
             raise latency_table.nothing_to_add_to(target, environment, explicit)
         foreign = latency_table.differences(found.table.environment, environment) if found else ()
@@ -524,11 +528,9 @@ class Context:
             self.progress.note(f"using a foreign latency table, with other {', '.join(name for name, _, _ in foreign)}: {found.path}")
             return found.table
         if found and not found.missing:
-            profiler.canary(found.table, self.family, self.config, space, backend, device, work, self.recipe.seed)
             self.progress.note(f"using the latency table {found.path}")
             return found.table
         if found:
-            self._check_pace(found, operators, space, backend, device)
             self.progress.note(f"adding {len(found.missing)} of {len(operators)} operators to the rows of {found.path}")
         table = profiler.profile(
             self.family, self.config, space, target, backend, device, work, self.recipe.seed, self.progress,
@@ -542,13 +544,27 @@ class Context:
         """Where a profile keeps what it has timed until it is finished: a fresh one goes on with nothing that was timed before it."""
         return self.out / (FRESH if self.table_use == "fresh" else "profiling")
 
-    def _check_pace(
+    def _still_holds(
         self, found: latency_table.Found, operators: Sequence[Operator], space: SearchSpace, backend: Any, device: Any
-    ) -> None:  # fmt: skip
-        """TableError if rows that are timed now would not fit to those of the table; nothing where no layer of this space is among them."""
+    ) -> bool:  # fmt: skip
+        """Whether rows that are timed now fit to those of the table, as far as layers of this space are among them.
+
+        TableError if they do not: whoever made the table decides what to do. One that came with the package was made by nobody here, and
+        is passed over with a note.
+        """
         layers = {segment.kind for segment in self.family.segments(self.config) if segment.layer is not None}
-        if any(operator.kind in layers for operator in operators if operator not in found.missing):
-            profiler.canary(found.table, self.family, self.config, space, backend, device, self.out / "profiling", self.recipe.seed)
+        if not any(operator.kind in layers for operator in operators if operator not in found.missing):
+            return True
+        try:
+            work = self.out / "profiling"
+            ratio = profiler.canary(found.table, self.family, self.config, space, backend, device, work, self.recipe.seed)
+        except TableError as error:
+            if not places.is_packaged(places.TABLES, found.path):
+                raise
+            self.progress.note(f"a packaged latency table is passed over: {error.message}: {found.path}")
+            return False
+        self.progress.note(f"operators of {found.path} take {ratio:.2f} times what it says")
+        return True
 
     def _note_foreign(self, table: LatencyTable, environment: Environment) -> list[Path]:
         """Keeps what is foreign about the run's table, where something is."""
@@ -848,7 +864,7 @@ class Context:
         manifest = load(home / "engines" / name / "manifest.json", EngineManifest)
         memory = manifest.graph.memory_bytes / 1e6 if manifest.graph else 0.0
         return rerank.There(
-            f.target.id, f.label, m.latency.kind, m.latency.quantile(0.5), manifest.size_bytes, m.score, baseline.score, memory
+            f.target.id, f.label, m.latency.kind, m.latency.value, manifest.size_bytes, m.score, baseline.score, memory
         )
 
     def _report(self) -> list[Path]:

@@ -20,6 +20,11 @@ def folders(kind: str, explicit: Path | None = None) -> tuple[Path, ...]:
     return (*_own(kind, explicit), *_packaged(kind))
 
 
+def is_packaged(kind: str, path: Path) -> bool:
+    """Whether a file came with the package."""
+    return any(path.resolve().is_relative_to(folder) for folder in _packaged(kind))
+
+
 def writable(kind: str, explicit: Path | None = None) -> Path:
     """The first folder that can be written (not created yet); UnsupportedError naming all that were tried."""
     tried = _own(kind, explicit)

@@ -482,8 +482,10 @@ def _validate(
     graphs = [_graph(bench, r.candidate) for r in undisturbed]
     fitted, left_out = table_fit.fit(table, graphs, [r.measured.value for r in undisturbed])
     validation = tuple(msgspec.structs.replace(r, predicted_ms=ms) for r, ms in zip(undisturbed, left_out, strict=True))
-    half = latency_table.interval_half_width(validation)
-    fitted = msgspec.structs.replace(fitted, calibration=calibration, validation=validation, relative_error=half)
+    relative, ms = latency_table.interval_half_width(validation)
+    fitted = msgspec.structs.replace(
+        fitted, calibration=calibration, validation=validation, relative_error=relative, absolute_error_ms=ms
+    )
     return fitted, references
 
 

@@ -349,7 +349,7 @@ class LatencyTable(Record, frozen=True):
     """Operators of one space timed on one target. Never edited: a correction of measured engines is another record.
 
     predicted = scale · (call + Σ (factor · (row + its reach at the network's bytes)) + what the correction says of changes and bytes);
-    measured lies in predicted · (1 ± relative_error) nine times in ten.
+    measured lies within hypot(relative_error · predicted, absolute_error_ms) of that nine times in ten.
     """
 
     target: Target
@@ -364,7 +364,9 @@ class LatencyTable(Record, frozen=True):
     scale: float = 1.0
     correction: TableCorrection | None = None
     relative_error: float = 0.0
-    """Half width of the 90 % interval, as a fraction, from the validation networks."""
+    """Half width of the 90 % interval of long calls, as a fraction, from the validation networks."""
+    absolute_error_ms: float = 0.0
+    """Half width of that of very short calls: what no fraction of them accounts for."""
     drift: float = 0.0
     """Largest relative change of the reference kernel between the windows in which the table was filled."""
     seconds: float = 0.0

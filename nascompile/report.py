@@ -109,12 +109,14 @@ def closing_table(run: Path) -> Table:
     engines = _engines(records)
     table = Table(title=f"{run.name}: engines, relative to the baseline", title_justify="left", caption=_caption(records.foreign))
     table.add_column("engine")
-    for name in ("predicted ms", f"{_observed(records)} p50 ms", "samples/s", "speed-up", "size MB", "validation", "test"):
+    latency = f"{_observed(records)} {_statistic(engines)}".strip() + " ms"
+    for name in ("predicted ms", latency, "p50 ms", "samples/s", "speed-up", "size MB", "validation", "test"):
         table.add_column(name, justify="right")
     for e in engines:
         table.add_row(
-            f"{e['title']}", _interval(e["predicted"]), _latency(e["measured"]), _rate(e["throughput"]), _times(e["speedup"]),
-            number(e["size_bytes"] / 1e6), _score(e["validation"]), _score(e["test"]), style="bold" if e["chosen"] else "",
+            f"{e['title']}", _interval(e["predicted"]), _latency(e["measured"]), _latency(e["measured"], "p50"), _rate(e["throughput"]),
+            _times(e["speedup"]), number(e["size_bytes"] / 1e6), _score(e["validation"]), _score(e["test"]),
+            style="bold" if e["chosen"] else "",
         )  # fmt: skip
     return table
 
@@ -160,7 +162,7 @@ def gather(run: Path) -> Json:
         "name": _name(records),
         "note": str(records.recipe.get("note", "")),
         "observed": _observed(records),
-        "statistic": next((e["measured"]["statistic"] for e in engines if e["measured"]), ""),
+        "statistic": _statistic(engines),
         "subject": {key: records.recipe.get(key) for key in ("model", "task", "metric", "device") if records.recipe.get(key)},
         "headline": _headline(records, engines),
         "foreign": _foreign(records.foreign),
@@ -352,7 +354,7 @@ def _variant(v: Variant) -> Json:
     """One way that was tried; `setting` is empty where it is a backend as it comes."""
     return {
         "backend": v.backend, "setting": v.setting, "session": dict(v.session), "kept": v.kept, "reason": v.reason,
-        "p50_ms": v.latency.quantile(0.5) if v.latency else None, "n": v.latency.n if v.latency else 0,
+        "latency_ms": v.latency.value if v.latency else None, "n": v.latency.n if v.latency else 0,
         "kind": v.latency.kind if v.latency else "", "ratio": msgspec.to_builtins(v.ratio) if v.ratio else None,
     }  # fmt: skip
 
@@ -415,7 +417,8 @@ def _summary(records: RunRecords, engines: list[Json]) -> Json:
         score = e["test"] or e["validation"] or {}
         found = {
             "accuracy": score.get("value"), "accuracy_split": "test" if e["test"] else "validation" if e["validation"] else None,
-            "p50_ms": (e["measured"] or {}).get("p50"), "throughput": (e["throughput"] or {}).get("value"), "size_bytes": e["size_bytes"],
+            "latency_ms": (e["measured"] or {}).get("value"), "p50_ms": (e["measured"] or {}).get("p50"),
+            "throughput": (e["throughput"] or {}).get("value"), "size_bytes": e["size_bytes"],
         }  # fmt: skip
         if role == "chosen":
             found |= {"predicted_ms": (e["predicted"] or {}).get("value"), "candidate": e["candidate"]}
@@ -550,8 +553,8 @@ def _chosen_there(records: RunRecords, target: Target, number: int, shared: Eval
     measurements = (further.measurements if further else {}) if number else records.measurements
     if m := measurements.get(records.choice.engine):
         score = _score_facts(m.score) if m.score else None
-        latency = {"latency_ms": m.latency.quantile(0.5), "low": None, "high": None}
-        return {"kind": m.latency.kind, "statistic": "p50", **latency, "score": score}
+        latency = {"latency_ms": m.latency.value, "low": None, "high": None}
+        return {"kind": m.latency.kind, "statistic": _quantity(m.latency)["statistic"], **latency, "score": score}
     if shared is None:
         return None
     there = fronts.seen((shared,), number)[0]
@@ -587,7 +590,7 @@ def _prediction(records: RunRecords, engines: list[Json]) -> Json:
             rows.append(_residual(title, predicted, measured, low, high) | which)
     networks, table = [], records.table
     for r in table.validation if table else ():
-        half = r.predicted_ms * table.relative_error if table else 0.0
+        half = latency_table.half_width(table, r.predicted_ms) if table else 0.0
         networks.append(_residual(r.candidate.id, r.predicted_ms, _ms(r.measured), r.predicted_ms - half, r.predicted_ms + half))
     missing = [] if table else _absent("table.json")
     missing += [] if rows else _absent("engines", "measurements")
@@ -790,6 +793,11 @@ def _stages(records: RunRecords) -> list[Json]:
     return [{"stage": s.stage, "seconds": s.seconds} for s in done]
 
 
+def _statistic(engines: list[Json]) -> str:
+    """Which quantile the engines' latencies are, and predictions of them."""
+    return next((str(e["measured"]["statistic"]) for e in engines if e["measured"]), "")
+
+
 def _ms(q: Quantity) -> float:
     """The quantity's own statistic in ms, which predictions are made of."""
     if q.unit not in MILLISECONDS:
@@ -866,8 +874,8 @@ def _interval(predicted: Json | None) -> str:
     return f"{number(predicted['value'])} [{number(predicted['low'])}, {number(predicted['high'])}]" if predicted else "–"
 
 
-def _latency(measured: Json | None) -> str:
-    return number(measured.get("p50", measured["value"])) if measured else "–"
+def _latency(measured: Json | None, name: str = "value") -> str:
+    return number(measured[name]) if measured and name in measured else "–"
 
 
 def _rate(throughput: Json | None) -> str:

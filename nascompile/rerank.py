@@ -117,7 +117,7 @@ def choose(
     def place(m: Measurement) -> tuple[Any, ...]:
         others = there.get(m.engine, ())
         accuracy = min(gain(scores[m.engine]), *(gain(baseline) - drop(t.baseline, t.score)[0] for t in others), math.inf)
-        latency = math.prod((m.latency.quantile(0.5), *(t.latency_ms for t in others)))
+        latency = math.prod((m.latency.value, *(t.latency_ms for t in others)))
         return margin(m) < 0, *_order(budgets, accuracy, latency), m.engine
 
     ranked = sorted(sound, key=place)
@@ -131,7 +131,7 @@ def choose(
     return Choice(
         engine=best.engine,
         reason=f"{aim} among the engines that meet every budget on validation{spare}: "
-        f"{best.latency.quantile(0.5):.3g} ms, drop {lost:.2f} ± {error:.2f} points"
+        f"{best.latency.value:.3g} ms, drop {lost:.2f} ± {error:.2f} points"
         + "".join(f"; on {t.label} {t.latency_ms:.3g} ms {t.kind}, drop {drop(t.baseline, t.score)[0]:.2f}" for t in others),
         budgets=budgets, ranking=tuple(m.engine for m in ranked), rejected=tuple(sorted(rejected.items())),
         foreign=_foreign(manifests) or msgspec.UNSET,
@@ -198,7 +198,7 @@ def _fault(m: Measurement, manifest: EngineManifest, score: Score, baseline: Sco
     macs = sum(node.macs for node in graph.nodes) / 1e6 if graph else 0.0
     memory = graph.memory_bytes / 1e6 if graph else 0.0
     actual = {
-        "latency_ms": m.latency.quantile(0.5), "size_mb": manifest.size_bytes / 1e6, "macs_m": macs, "memory_mb": memory,
+        "latency_ms": m.latency.value, "size_mb": manifest.size_bytes / 1e6, "macs_m": macs, "memory_mb": memory,
         "drop": drop(baseline, score)[0],
     }  # fmt: skip
     return "; ".join(f"{b.metric} {actual[b.metric]:.3g} > {b.bound:g}" for b in budgets if actual[b.metric] > b.bound)

@@ -72,7 +72,7 @@ def _of_numbers(table: LatencyTable) -> Iterator[str]:
             yield f"its correction is not a number or takes a group of rows for free: {c}"
         if not _ascending([place for place, _ in c.reach], strictly=True):
             yield f"the points of its correction do not ascend: {_listed([place for place, _ in c.reach])}"
-    for name in ("relative_error", "drift", "seconds"):
+    for name in ("relative_error", "absolute_error_ms", "drift", "seconds"):
         value = getattr(table, name)
         if not math.isfinite(value) or value < 0:
             yield f"{name} is {value}"
@@ -94,16 +94,21 @@ def _of_interval(table: LatencyTable) -> Iterator[str]:
         return
     if any(r.predicted_ms <= 0 for r in table.validation):
         return  # said before
-    implied = _narrowest(table.validation)
-    if table.relative_error < implied * (1 - CLOSE):
-        yield f"its interval, ±{table.relative_error:.2%}, is narrower than its validation networks allow: ±{implied:.2%}"
+    if not any(_holds(table, *implied) for implied in _implied(table.validation)):
+        yield f"its interval, {latency_table.error_text(table)}, is narrower than its validation networks allow"
 
 
-def _narrowest(residuals: Sequence[Residual]) -> float:
-    """The narrowest interval that the networks give by all of them, or by the quietest few: disturbed ones may have been left out."""
+def _holds(table: LatencyTable, relative: float, ms: float) -> bool:
+    """Whether the table's interval is as wide, at each of its networks, as one of these two parts."""
+    widths = [(latency_table.half_width(table, r.predicted_ms), math.hypot(relative * r.predicted_ms, ms)) for r in table.validation]
+    return all(own >= implied * (1 - CLOSE) for own, implied in widths)
+
+
+def _implied(residuals: Sequence[Residual]) -> Iterator[tuple[float, float]]:
+    """The intervals that the networks give by all of them, and by the quietest few: disturbed ones may have been left out."""
     quietest = sorted(residuals, key=lambda r: latency_table.noise(r.measured))
-    counts = {min(3, len(quietest)), *range(3, len(quietest) + 1)}
-    return min(latency_table.interval_half_width(quietest[:count]) for count in counts)
+    for count in (len(quietest), *range(min(3, len(quietest)), len(quietest))):
+        yield latency_table.interval_half_width(quietest[:count])
 
 
 def _ascending(values: Sequence[float], strictly: bool = False) -> bool:

@@ -47,7 +47,7 @@ def headline(table: LatencyTable) -> list[str]:
     lines = [
         f"{target.device}, {target.backend}, {latency_table.workload_label(target.workload)}, {threads}",
         f"{len(table.rows)} rows, {noisy} of them noisy, in {table.seconds:.0f} s; drift {table.drift:.1%}",
-        f"90 % interval ±{table.relative_error:.1%} by {networks}",
+        f"90 % interval {latency_table.error_text(table)} by {networks}",
         f"predicted = {table.scale:.4f} · ({table.call.value if table.call else 0:.4f} ms for the call + the rows{_rest(table)})",
         *(f"  {name}: {_plain(value)}" for name, value in table.environment.must_match),
         *([f"  recorded: {recorded}"] if recorded else []),
@@ -145,6 +145,7 @@ def rows_of(table: LatencyTable) -> list[Row]:
     work = {f"workload.{name}": _cell(value) for name, value in msgspec.structs.asdict(target.workload).items()}
     about: Row = {
         "scale": table.scale, "call_ms": table.call.value if table.call else None, "relative_error": table.relative_error,
+        "absolute_error_ms": table.absolute_error_ms,
         "drift": table.drift, "device": target.device, "backend": target.backend, "threads": target.threads, **work,
         **{f"session.{name}": value for name, value in target.session},
         **{f"environment.{name}": _cell(value) for name, value in table.environment.must_match if not name.startswith("session.")},

@@ -1,6 +1,6 @@
 """Variants of one engine, run side by side: the backend that builds it, then the session settings it runs with.
 
-Backends are compared by the median of interleaved calls, as engines are when one is chosen. A setting must win by more than noise: it is
+Backends are compared by interleaved calls, as engines are when one is chosen. A setting must win by more than noise: it is
 adopted if the interval of its latency over that of what was kept until then lies below `MARGIN`.
 """
 
@@ -87,9 +87,9 @@ def choose(
         )
     jobs = [Job(b.contender.backend.name, b.runner, inputs) for b in built]
     latencies = device.time(jobs, seconds=BACKEND_SECONDS * len(jobs), seed=seed)
-    best = min(range(len(built)), key=lambda i: (latencies[i].quantile(0.5), i))  # in a tie, the search's own backend
+    best = min(range(len(built)), key=lambda i: (latencies[i].value, i))  # in a tie, the search's own backend
     for i, (b, latency) in enumerate(zip(built, latencies, strict=True)):
-        slower = latency.quantile(0.5) / latencies[best].quantile(0.5)
+        slower = latency.value / latencies[best].value
         tried[b.contender.target] = Variant(
             backend=b.contender.backend.name, session=b.contender.target.session, latency=latency, predicted=b.contender.predicted,
             kept=i == best, reason="" if i == best else f"{slower:.2f} times the latency of {built[best].contender.backend.name}",
@@ -146,7 +146,7 @@ def describe(tried: Sequence[Variant]) -> str:
 
 
 def _ms(variant: Variant) -> str:
-    return f"{variant.latency.quantile(0.5):.3g} ms (n {variant.latency.n})" if variant.latency else "–"
+    return f"{variant.latency.value:.3g} ms (n {variant.latency.n})" if variant.latency else "–"
 
 
 # ---------------------------------------------------------------------------------------------- session settings
@@ -239,4 +239,4 @@ def _duel(
     logs = np.log([b.value / a.value for a, b in blocks])
     mean, half = float(logs.mean()), T975 * float(logs.std(ddof=1)) / math.sqrt(BLOCKS)
     ratio = Interval(value=math.exp(mean), low=math.exp(mean - half), high=math.exp(mean + half), unit="ratio", level=0.95)
-    return ratio, sorted((b for _, b in blocks), key=lambda q: q.quantile(0.5))[BLOCKS // 2]
+    return ratio, sorted((b for _, b in blocks), key=lambda q: q.value)[BLOCKS // 2]

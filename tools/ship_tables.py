@@ -182,7 +182,7 @@ def rounded(table: LatencyTable) -> LatencyTable:
 def describe(path: Path) -> str:
     table = records.load(path, LatencyTable)
     noisy = sum(row.noisy for row in table.rows)
-    worth = f"{len(table.rows)} rows ({noisy} noisy), ± {table.relative_error:.1%}, drift {table.drift:.1%}, {table.seconds:.0f} s"
+    worth = f"{len(table.rows)} rows ({noisy} noisy), {latency_table.error_text(table)}, drift {table.drift:.1%}, {table.seconds:.0f} s"
     return f"{path.relative_to(PACKAGE.parent)}: {worth}, {path.stat().st_size / 1e3:.0f} kB"
 
 

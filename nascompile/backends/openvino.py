@@ -7,6 +7,7 @@ A network that takes any shape is slower than one of fixed shape: at batch 1 by 
 from __future__ import annotations
 
 import errno
+import functools
 import importlib.util
 import os
 import platform
@@ -112,26 +113,32 @@ class OpenVino:
         return OvRunner(folder / graphs[0], target)
 
 
+@functools.cache
+def _core() -> Any:
+    """The only one of the process: each core's CPU plugin gives signal handlers a stack of its own and, when it goes, leaves them the one
+    before, which may have gone as well. Ctrl-C then ends the process by a segmentation fault (openvino 2026.4, processors with AMX)."""
+    import openvino as ov
+
+    return ov.Core()
+
+
 def _read(form: Any) -> Any:
     """OpenVINO's model of an ONNX model; one that protobuf cannot hold in a single message goes through files."""
     import onnx
-    import openvino as ov
 
     if form.ByteSize() <= PROTOBUF_LIMIT:
-        return ov.Core().read_model(form.SerializeToString())
+        return _core().read_model(form.SerializeToString())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         onnx.save(form, path, save_as_external_data=True, location="model.data")
         onnx.load_external_data_for_model(form, folder)  # saving took the weights out of the model
-        return ov.Core().read_model(path, config={"ENABLE_MMAP": "NO"})  # the files are gone when the model is used
+        return _core().read_model(path, config={"ENABLE_MMAP": "NO"})  # the files are gone when the model is used
 
 
 class OvRunner:
     """Compiled networks behind one call: that of the workload's shape, made at once, and others, made when they are first needed."""
 
     def __init__(self, path: Path, target: Target) -> None:
-        import openvino as ov
-
         settings = dict(target.session)
         batches, self._free = _buckets(settings.pop(STATIC_SHAPE, SHAPES), target.workload.batch)
         if unknown := sorted(settings.keys() - PROPERTIES.keys()):
@@ -140,11 +147,11 @@ class OvRunner:
             )
         own = {name.upper(): _checked(name, value, PROPERTIES[name]).upper() for name, value in settings.items()}
         self._properties = FIXED | {"INFERENCE_NUM_THREADS": target.threads} | own
-        self._core, self._lock = ov.Core(), threading.Lock()
+        self._lock = threading.Lock()
         self._any: Any = None
         self._fixed: dict[Shapes, Any] = {}
         try:
-            self._model = self._core.read_model(path)
+            self._model = _core().read_model(path)
             self._dtypes = {i.any_name: i.element_type.to_dtype().name for i in self._model.inputs}
             self._outputs = [o.any_name for o in self._model.outputs]
             self._planned = {s for batch in batches if (s := _shapes(self._model, batch, target.workload.sequence))}
@@ -181,7 +188,7 @@ class OvRunner:
         if shapes:
             model = model.clone()
             model.reshape(dict(zip(self._dtypes, shapes, strict=True)))
-        return self._core.compile_model(model, "CPU", self._properties).create_infer_request()
+        return _core().compile_model(model, "CPU", self._properties).create_infer_request()
 
 
 def _shapes(model: Any, batch: int, sequence: int) -> Shapes:

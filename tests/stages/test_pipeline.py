@@ -18,7 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 import nascompile
-from nascompile import beside, cli, data, engine, pipeline, plugins, records
+from nascompile import beside, cli, data, engine, latency_table, pipeline, plugins, records
 from nascompile.errors import DataError, RecipeError, RecordError, UnsupportedError
 from nascompile.families.toy import ToyConfig, demo_data
 from nascompile.journal import read as read_journal
@@ -301,8 +301,7 @@ def test_another_choice_after_test_was_read_overwrites_nothing(finished: Path, q
     done = load(run / "stages" / "measure.json", StageDone)
     path = run / "measurements" / f"{old.engine}.json"
     slow = load(path, Measurement)
-    quantiles = tuple((level, 100 * value) for level, value in slow.latency.quantiles)
-    records.save(msgspec.structs.replace(slow, latency=msgspec.structs.replace(slow.latency, quantiles=quantiles)), path)
+    records.save(msgspec.structs.replace(slow, latency=latency_table.rescaled(slow.latency, 100)), path)
     files = tuple((name, records.file_digest(run / name)) for name, _ in done.files)
     records.save(msgspec.structs.replace(done, files=files), run / "stages" / "measure.json")
     before = {name: (run / name).read_bytes() for name in ("choice.json", "test.json", "report.json")}

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from nascompile import cli, latency_table, pipeline, plugins, profiler
+from nascompile import cli, latency_table, pipeline, places, plugins, profiler
 from nascompile.errors import TableError
 from nascompile.progress import Silent
 from nascompile.records import Environment, LatencyTable, TableRow, Workload, load, save
@@ -86,6 +86,29 @@ def test_nothing_is_added_to_rows_of_another_speed(elsewhere: Path, folder: Path
     latency_table.store(msgspec.structs.replace(fast, rows=heads))
     pipeline.run(quick, Path("again"), until="profile")  # nothing there that a canary could time
     assert len(load(Path("again/table.json"), LatencyTable).rows) == len(fast.rows)
+
+
+def test_a_packaged_table_of_another_speed_is_passed_over(
+    elsewhere: Path, folder: Path, quick: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who runs the tool did not make it; one of the same speed is used."""
+    real = places._packaged
+    monkeypatch.setattr(places, "_packaged", lambda kind: (tmp_path / "package" / kind,) if kind == places.TABLES else real(kind))
+    packaged = latency_table.store(load(folder / "fast.json", LatencyTable), tmp_path / "package" / "latency_tables")
+    told = Told()
+    pipeline.run(quick, Path("again"), until="profile", progress=told)
+    assert any(note.startswith("a packaged latency table is passed over: ") and str(packaged) in note for note in told.notes)
+    assert any(note.startswith("new latency table: ") for note in told.notes)
+    assert packaged.exists()
+
+    latency_table.store(load(folder / "run" / "table.json", LatencyTable), tmp_path / "package" / "latency_tables")
+    packaged.unlink()
+    for made in Path("latency_tables").glob("*/*.json"):
+        made.unlink()
+    told.notes.clear()
+    pipeline.run(quick, Path("third"), until="profile", progress=told)
+    assert any("times what it says" in note for note in told.notes)
+    assert any(note.startswith("using the latency table") for note in told.notes)
 
 
 def test_only_adding_refuses_where_there_is_nothing_to_add_to(elsewhere: Path, folder: Path, quick: Recipe) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import random
 from pathlib import Path
 
 import msgspec
@@ -110,11 +112,27 @@ def test_interval_half_width_uses_students_t():
     errors = (0.03, -0.02, 0.04, 0.01)
     rms = (sum(e * e for e in errors) / 4) ** 0.5
     few = latency_table.interval_half_width([residual(2.0, 2.0 * (1 + e)) for e in errors])
-    assert few == pytest.approx(rms * t.ppf(0.95, 4), rel=1e-3)
-    assert latency_table.interval_half_width([residual(1.0, 1.0)] * 5) == latency_table.FLOOR
-    assert latency_table.interval_half_width([]) == float("inf")
-    many = latency_table.interval_half_width([residual(1.0, 1.1)] * 25)
-    assert many == pytest.approx(0.1 * t.ppf(0.95, 25), rel=1e-3)
+    assert few == (pytest.approx(rms * t.ppf(0.95, 4), rel=1e-3), 0.0)
+    assert latency_table.interval_half_width([residual(1.0, 1.0)] * 5) == (latency_table.FLOOR, 0.0)
+    assert latency_table.interval_half_width([]) == (float("inf"), 0.0)
+    relative, ms = latency_table.interval_half_width([residual(1.0, 1.1)] * 25)
+    assert math.hypot(relative, ms) == pytest.approx(0.1 * t.ppf(0.95, 25), rel=0.02)
+
+
+def test_the_interval_is_wider_for_short_calls_where_their_errors_are():
+    """Errors of 1 % and of 0.02 ms, drawn at random: both parts are found again."""
+    rng = random.Random(0)
+    predicted = [0.2 * 1.12**i for i in range(36)]
+    drawn = [residual(p, p + rng.gauss(0, 0.01) * p + rng.gauss(0, 0.02)) for p in predicted]
+    relative, ms = latency_table.interval_half_width(drawn)
+    made = table({MLP: 1.0}, relative_error=relative, absolute_error_ms=ms, validation=tuple(drawn))
+    for p, least, most in ((0.2, 0.09, 0.27), (10.0, 0.008, 0.03)):
+        assert least < latency_table.half_width(made, p) / p < most
+    inside = sum(abs(r.measured.value - r.predicted_ms) <= latency_table.half_width(made, r.predicted_ms) for r in drawn)
+    assert 30 <= inside < 36
+    assert latency_table.error_text(made).endswith(" ms")
+    middle = (predicted[17] + predicted[18]) / 2
+    assert latency_table.typical_error(made) == pytest.approx(latency_table.half_width(made, middle) / middle)
 
 
 def test_lookup_order(tmp_path, monkeypatch):

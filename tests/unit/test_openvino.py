@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -13,7 +15,7 @@ import pytest
 import torch
 from transformers import BertConfig, ViTConfig
 
-from nascompile import lowering, network, plugins, space as spaces, supernet
+from nascompile import lowering, network, plugins, records, space as spaces, supernet
 from nascompile.backends import openvino as backend_module
 from nascompile.errors import NascompileError, RecordError, UnsupportedError
 from nascompile.records import FLOAT32, INT8, WEIGHT_INT8, Target, Workload
@@ -353,3 +355,30 @@ def test_damaged_weights_are_an_expected_failure(bert):
     (bert.folder / "model.bin").write_bytes(content[: len(content) // 2])
     with pytest.raises(RecordError, match=r"cannot load .*model\.xml"):
         bert.backend.load(bert.folder, graphs, bert.target)
+
+
+CTRL_C = """
+import os, signal, sys
+from pathlib import Path
+from nascompile import plugins, records
+folder = Path(sys.argv[1])
+target = records.load(folder / "target.json", records.Target)
+backend = plugins.get("backends", "openvino")
+first, second = (backend.load(folder, tuple(sys.argv[2:]), target) for _ in range(2))
+del first
+del second
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_after_engines_are_gone_is_an_interruption_not_a_crash(case):
+    """Of several cores OpenVINO's plugin leaves signal handlers a stack that is not mapped."""
+    form, _ = case.lower(spaces.uniform(case.space))
+    graphs = case.backend.build(form, case.target, case.folder)
+    records.save(case.target, case.folder / "target.json")
+    command = [sys.executable, "-c", CTRL_C, str(case.folder), *graphs]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr

@@ -57,7 +57,7 @@ def printed(things, width=100):
 
 def test_a_person_sees_what_the_table_is_worth():
     text = "\n".join(table_view.headline(ONE))
-    for part in ("cpu, onnxruntime, forward-b1-s50, 2 threads", "6 rows, 1 of them noisy, in 12 s; drift 1.0%", "±3.0%", "= 1.2500 · ("):
+    for part in ("cpu, onnxruntime, forward-b1-s50, 2 threads", "6 rows, 1 of them noisy, in 12 s; drift 1.0%", "±3.0 %", "= 1.2500 · ("):
         assert part in text
     assert "isa: avx2 vnni" in text
     assert "recorded: load 0.5" in text
