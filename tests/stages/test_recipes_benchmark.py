@@ -82,6 +82,9 @@ def test_accuracies_are_those_of_the_kept_rows(bench, printed, arguments):
         assert gap["all"]["points"] == pytest.approx(np.mean(values[:3]) - np.mean(list(alone.values())))
         low, high = gap["all"]["interval"]
         assert low < gap["all"]["points"] < high
+        other = next(row for row in kept if (row["recipe"], row["aware"]) == ("spos", True))["networks"]
+        ahead = np.mean(values[2:]) - np.mean([e[kind] for e in other[2:]])
+        assert shown[kind]["against"]["spos"]["random"]["points"] == pytest.approx(ahead)
         (before,) = (row for row in kept if (row["recipe"], row["aware"]) == ("bignas", False))
         over = np.mean(values) - np.mean([entry[kind] for entry in before["networks"]])
         assert shown[kind]["over_ptq"]["points"] == pytest.approx(over)
@@ -147,3 +150,24 @@ def test_two_processes_make_the_same_table(printed, tmp_path):
     done = subprocess.run([sys.executable, str(TOOL), *options], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == printed
+
+
+def test_the_committed_rows_are_whole_and_print_the_table(bench, capsys):
+    """Three seeds of both tasks: every recipe's 22 networks, and all 22 of them alone."""
+    rows = bench.stored()
+    assert bench.STORED.stat().st_size < 300_000
+    cells = {(row["task"], row["seed"], row["recipe"], row["aware"], row["network"]) for row in rows}
+    assert len(cells) == len(rows)
+    for task in bench.DEFAULT:
+        for seed in range(3):
+            assert {(task, seed, "alone", aware, number) for aware in (False, True) for number in range(22)} <= cells
+            assert {(task, seed, recipe, aware, -1) for recipe in bench.RECIPES for aware in (False, True)} <= cells
+    bench.main(["--stored", "--json", "--device", "cpu"])
+    shown = {(row["task"], row["recipe"], row["quantization"]): row for row in json.loads(capsys.readouterr().out)["rows"]}
+    for (task, recipe, _), row in shown.items():
+        assert row["versions"]["torch"]
+        assert len({r["steps"] for (t, name, _), r in shown.items() if t == task and name != bench.NONE}) == 1
+        if recipe in bench.RECIPES:
+            assert row["fp32"]["gap"]["alone"]["random"]["networks"] == 60
+    one = next(r for r in rows if (r["task"], r["recipe"], r["seed"], r["aware"]) == ("reviews", "spos", 1, True))
+    assert 100 * bench.rights(one, 0, "int8").mean() == pytest.approx(one["networks"][0]["int8"])

