@@ -36,9 +36,9 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 class Network:
     """A vision transformer: linear maps as (outputs, inputs), rows of tokens, norms with gain and bias.
 
-    Parameters: `embedding` (inputs in (row, column, channel) order, of normalized pixels), `position` (tokens, width), `class_token` (width,),
-    `layers.I.` `norm1` `norm2` `query` `key` `value` `out` `up` `down`, `norm`, `head`, each with `.weight` and `.bias`. A map in two factors
-    has `.first` (rank, inputs) and `.second` (outputs, rank) instead of its weight.
+    Parameters: `embedding` (inputs in (row, column, channel) order, of normalized pixels), `position` (tokens, width), `class_token`
+    (width,), `layers.I.` `norm1` `norm2` `query` `key` `value` `out` `up` `down`, `norm`, `head`, each with `.weight` and `.bias`. A map
+    in two factors has `.first` (rank, inputs) and `.second` (outputs, rank) instead of its weight.
     """
 
     shape: Shape
