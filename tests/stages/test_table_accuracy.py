@@ -23,7 +23,7 @@ def tool(monkeypatch):
     return table_accuracy
 
 
-def test_the_pace_is_a_line_over_bytes_that_one_disturbed_network_does_not_bend(tool):
+def test_the_pace_is_a_curve_over_bytes_that_one_disturbed_network_does_not_bend(tool):
     sizes = {name: 2**20 << i for i, name in enumerate("abcdefg")}
     then = {name: 1.0 + i for i, name in enumerate("abcdefg")}
     residuals = [SimpleNamespace(candidate=name, measured=SimpleNamespace(value=ms)) for name, ms in then.items()]
@@ -31,10 +31,11 @@ def test_the_pace_is_a_line_over_bytes_that_one_disturbed_network_does_not_bend(
     known = tool.Known(case, SimpleNamespace(validation=residuals), Path(), "fp32")
     pace = {name: math.exp(0.01 * math.log2(size) - 0.2) for name, size in sizes.items()}
     now = [SimpleNamespace(value=then[name] / pace[name] * (1.5 if name == "d" else 1.0)) for name in "abcdefg"]
-    assert known.paces(now, ["a", "d", "g"]) == pytest.approx([pace["a"], pace["d"], pace["g"]], rel=1e-6)
-    assert known.paces(now, ["smaller"]) == pytest.approx([math.exp(0.01 * 18 - 0.2)], rel=1e-6)
+    assert known.paces(now, ["a", "d", "g"]) == pytest.approx([pace["a"], pace["d"], pace["g"]], rel=5e-3)
+    assert known.paces(now, ["smaller"]) == pytest.approx([math.exp(0.01 * 18 - 0.2)], rel=1e-2)
     same = tool.Known(SimpleNamespace(footprint=lambda table, name: 9, kind=case.kind), known.table, Path(), "fp32")
-    assert same.paces(now, ["a"]) == pytest.approx([pace["d"]], rel=0.02), "a median where all are alike"
+    assert same.paces(now, ["a"]) == pytest.approx([pace["d"]], rel=0.02), "about the median where all are alike"
+    assert len(known.own_paces(now)) == 7
 
 
 @pytest.mark.slow

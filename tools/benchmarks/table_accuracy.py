@@ -9,9 +9,11 @@ them. Measured and predicted are milliseconds of one call at batch 1; errors are
 
 A shared machine's speed wanders by several percent within minutes, and a table speaks of the speed it was taken at. So a few of the
 networks that the table was corrected by, of the cell's precision, are timed again beside every window of fresh ones, and what is measured
-is brought to the table's pace: what their times were over what they are, a line over the logarithm of their bytes of weights, since
-networks that fit into a cache do not follow the memory's speed. Regressions get the same. `pace` is the mean of these factors,
-`mape_as_timed` and `coverage_as_timed` are without it.
+is brought to the table's pace: what their times were over what they are, as a smooth curve over the logarithm of their bytes of weights,
+since networks that fit into a cache do not follow the memory's speed. Regressions get the same. `pace` is the mean of these factors,
+`mape_as_timed` and `coverage_as_timed` are without it. Two floors, of engines that are timed twice: `noise_floor` is by how much fresh ones
+differ in two windows one after the other, `known_floor` by how much the known ones, brought to the table's pace by each other, differ from
+what they were when the table was made; `known_change` is the same without that.
 
 Ways to predict, all of them given the same networks: `table` (what nascompile uses), `rows` (the same with no correction by networks),
 `stacks` (rows alone, without what they cost in networks of other sizes), `isolated` (every operator timed alone in a hot loop, summed),
@@ -37,7 +39,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from scipy.stats import kendalltau, theilslopes
+from scipy.stats import kendalltau
 from sklearn.ensemble import GradientBoostingRegressor
 from sklearn.linear_model import RidgeCV
 from transformers import BertConfig, ViTConfig
@@ -69,6 +71,10 @@ BARS = {"mape": {"fp32": 1.5, "int8": 1.5, "mixed": 2.5}, "within_5": 0.95, "ken
 COVERAGE_BAR = (0.85, 0.95)
 KNOWN = 13
 """Networks of the table's own beside every window."""
+OCTAVES = 0.5
+"""Width of the curve's kernel (a normal distribution's standard deviation), in octaves of bytes."""
+TURNS = 4
+"""In which what lies far from the curve loses weight."""
 CALLS = 20
 """Profiled calls of a stack, after as many that are not looked at."""
 
@@ -194,12 +200,39 @@ class Known:
     def jobs(self) -> list[Any]:
         return [self.case.bench.network(r.candidate, self.scratch) for r in self.residuals]
 
+    def ratios(self, found: Sequence[Any]) -> list[float]:
+        """Then over now of every known network; `found` begins with their latencies."""
+        return [r.measured.value / q.value for r, q in zip(self.residuals, found, strict=False)]
+
     def paces(self, found: Sequence[Any], points: Sequence[Candidate]) -> list[float]:
-        """Then over now for networks of these candidates' bytes, by Theil and Sen's line; `found` begins with the known ones' latencies."""
-        ratios = np.log([r.measured.value / q.value for r, q in zip(self.residuals, found, strict=False)])
-        places = np.log2([self.case.footprint(self.table, r.candidate) for r in self.residuals])
-        slope, level = theilslopes(ratios, places, method="joint")[:2] if len(set(places)) > 1 else (0.0, float(np.median(ratios)))
-        return [math.exp(level + slope * math.log2(self.case.footprint(self.table, p))) for p in points]
+        """Then over now for networks of these candidates' bytes."""
+        logs, places = np.log(self.ratios(found)), self._places([r.candidate for r in self.residuals])
+        return [math.exp(_smooth(places, logs, place)) for place in self._places(points)]
+
+    def own_paces(self, found: Sequence[Any]) -> list[float]:
+        """The same for every known network, by the others."""
+        logs, places = np.log(self.ratios(found)), self._places([r.candidate for r in self.residuals])
+        return [math.exp(_smooth(np.delete(places, i), np.delete(logs, i), places[i])) for i in range(len(places))]
+
+    def _places(self, points: Sequence[Candidate]) -> Any:
+        return np.log2([self.case.footprint(self.table, p) for p in points])
+
+
+def _smooth(places: Any, values: Any, place: float) -> float:
+    """The value at a place by a line through its neighbours, the nearer the heavier; what lies far from its own place's counts less."""
+    trust = np.ones(len(places))
+    for _ in range(TURNS):
+        missed = np.abs(values - [_line(places, values, trust, p) for p in places])
+        trust = np.minimum(1.0, 2 * np.median(missed) / np.maximum(missed, 1e-12)) ** 2 if missed.any() else trust
+    return _line(places, values, trust, place)
+
+
+def _line(places: Any, values: Any, trust: Any, place: float) -> float:
+    weights = trust * (np.exp(-0.5 * ((places - place) / OCTAVES) ** 2) + 1e-3)
+    middle, mean = np.average(places, weights=weights), np.average(values, weights=weights)
+    spread = np.average((places - middle) ** 2, weights=weights)
+    slope = np.average((places - middle) * (values - mean), weights=weights) / spread if spread > 1e-4 else 0.0
+    return float(mean + slope * (place - middle))
 
 
 def _anchors(case: Case, table: LatencyTable, scratch: Path) -> profiler.Anchors:
@@ -302,9 +335,11 @@ def _gene(space: SearchSpace, slot: str) -> str:
 
 def measure(
     case: Case, table: LatencyTable, points: Sequence[Candidate], seconds: float, precision: str = "", windows: int = 2
-) -> list[list[list[float]]]:
-    """(milliseconds, pace) of every network in each of some windows, the first being what is measured."""
+) -> tuple[list[list[list[float]]], list[list[float]]]:
+    """(milliseconds, pace) of every network in each of some windows, the first being what is measured; and of known ones in all windows
+    (then over now, pace)."""
     found: list[list[list[float]]] = []
+    known: list[list[float]] = []
     per = 4 * sum(int(np.prod(shape)) for shape in case.family.parameters(case.config).values())
     size = max(4, LOADED_BYTES // per)
     for start in range(0, len(points), size):
@@ -316,10 +351,11 @@ def measure(
             for seed in range(SEED, SEED + windows):
                 options: dict[str, Any] = {"seconds": seconds * len(jobs), "seed": seed, "min_samples": profiler.NETWORK_SAMPLES}
                 first = profiler.quieter(case.device, jobs, case.device.time(jobs, **options), **options)
+                known += [list(pair) for pair in zip(anchors.ratios(first), anchors.own_paces(first), strict=True)]
                 here = zip(first[len(anchors.jobs) :], anchors.paces(first, part), strict=True)
                 timed.append([[quantity.value, pace] for quantity, pace in here])
             found += [list(both) for both in zip(*timed, strict=True)]
-    return found
+    return found, known
 
 
 def training_networks(case: Case, table: LatencyTable, count: int) -> list[Candidate]:
@@ -383,7 +419,7 @@ def cell_row(case: Case, table: LatencyTable, precision: str, measured: dict[str
     half = len(measured["stratified"])
     points = [msgspec.convert(p, Candidate) for p in (*measured["stratified"], *measured["front"])]
     times = np.array(measured["ms"])  # (networks, windows, (milliseconds, pace))
-    paced = times[:, :, 0] * times[:, :, 1]
+    paced, known = times[:, :, 0] * times[:, :, 1], np.array(measured["known"])
     actual = paced[:, 0]
     intervals = [case.predicted(table, p) for p in points]
     inside = [low.low <= ms <= low.high for low, ms in zip(intervals, actual, strict=True)]
@@ -395,6 +431,8 @@ def cell_row(case: Case, table: LatencyTable, precision: str, measured: dict[str
         "typical_interval": 100 * latency_table.typical_error(table),
         "coverage_as_timed": float(np.mean([i.low <= ms <= i.high for i, ms in zip(intervals, times[:, 0, 0], strict=True)])),
         "noise_floor": 100 * float(np.mean(np.abs(paced[:, 1] / paced[:, 0] - 1))), "rows": len(table.rows),
+        "known_floor": 100 * float(np.mean(np.abs(known[:, 1] / known[:, 0] - 1))),
+        "known_change": 100 * float(np.mean(np.abs(1 / known[:, 0] - 1))),
         "pace": float(times[:, 0, 1].mean()), "mape_as_timed": _errors(times[:, 0, 0], predicted, half)["mape"],
         "profile_seconds": table.seconds, "drift": 100 * table.drift, "scale": table.scale,
         "fastest_ms": float(actual.min()), "slowest_ms": float(actual.max()),
@@ -461,15 +499,16 @@ def run_model(
     amount = len(table.rows) + len(table.calibration)
     points = training_networks(case, table, amount)
     kept = case.folder / f"training-{amount}-{of_table}.json"
-    training = _kept(kept, fresh, lambda: [ms * pace for ((ms, pace),) in measure(case, table, points, seconds / 2, windows=1)])
+    training = _kept(kept, fresh, lambda: [ms * pace for ((ms, pace),) in measure(case, table, points, seconds / 2, windows=1)[0]])
     said(f"{len(points)} networks for regressions")
     ways, found = predictors(case, table, rows, (points, training)), []
     for precision in precisions:
-        path = case.folder / f"cell-{precision}-{digest(of_table, count, seconds, SEED)[:8]}.json"
+        path = case.folder / f"cell-{precision}-{digest(of_table, count, seconds, SEED, KNOWN, OCTAVES)[:8]}.json"
 
         def make(precision: str = precision) -> dict[str, Any]:
             stratified, front = fresh_networks(case, table, precision, count)
-            return {"stratified": stratified, "front": front, "ms": measure(case, table, [*stratified, *front], seconds, precision)}
+            ms, known = measure(case, table, [*stratified, *front], seconds, precision)
+            return {"stratified": stratified, "front": front, "ms": ms, "known": known}
 
         found.append(cell_row(case, table, precision, _kept(path, fresh, make), ways))
         said(f"{precision}: MAPE {found[-1]['mape']:.2f} %")
@@ -518,6 +557,7 @@ def _show(content: dict[str, Any]) -> None:
         print(f"{row['family']} {row['precision']}, {row['n']} networks of {row['fastest_ms']:.2f} to {row['slowest_ms']:.2f} ms:")
         print(f"  MAPE {row['mape']:.2f} %, within 5 % {row['within_5']:.2f}, τ {row['kendall_tau']:.3f}")
         print(f"  on the front {row['front_signed_error']:+.2f} %; the same networks again: {row['noise_floor']:.2f} %")
+        print(f"  known networks against what they were: {row['known_floor']:.2f} % ({row['known_change']:.2f} % as timed)")
         print(f"  pace {row['pace']:.3f}, MAPE as timed {row['mape_as_timed']:.2f} %, scale {row['scale']:.3f}")
         print(f"  {row['interval_coverage']:.2f} inside {row['interval']}; as timed {row['coverage_as_timed']:.2f}")
         print("  MAPE of " + ", ".join(f"{name} {errors['mape']:.2f}" for name, errors in row["rivals"].items()))
