@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,13 @@ from nascompile.scoring import gain, score_of
 from nascompile.supernet import Supernet, by_length, calibrate, emulate, load_batches
 
 BATCH = 64
+
+
+@functools.cache
+def _arithmetic() -> str:
+    """Hash of the code that emulates: scores of other code are not taken for its own."""
+    package = Path(__file__).resolve().parent
+    return digest([file_digest(path) for path in (package / "supernet.py", *sorted((package / "families").glob("*.py")))])
 
 
 class Evaluator:
@@ -41,8 +49,8 @@ class Evaluator:
         self.target = space.targets[0]
         """The target whose precisions count."""
         self.digest = digest(
-            space.precisions, lowering_digest(), calibration.digest, method, calibration_samples, validation_samples, seed, metric,
-            getattr(task, "signature", ""),
+            space.precisions, lowering_digest(), _arithmetic(), calibration.digest, method, calibration_samples, validation_samples, seed,
+            metric, getattr(task, "signature", ""),
         )
 
     def on(self, target: str) -> Evaluator:

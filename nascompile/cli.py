@@ -367,7 +367,7 @@ def search(
         return _print_json({"run": str(folder), **msgspec.to_builtins(found)})
     for line in explaining.lines(found):
         typer.echo(line)
-    typer.echo(f"`nascompile report --out {folder}` has it as a chart", err=True)
+    typer.echo("the run's report has it as a chart when it is next written", err=True)
 
 
 OWN = {"profile": profile, "search": search, "build": build}

@@ -641,7 +641,8 @@ class Context:
         save(front, self.out / "front.json")
         self.progress.note(f"{front.scored} candidates scored, {len(front.evaluations)} on the front")
         if front.stopped:
-            self.progress.note(f"the search was stopped early: {front.stopped}; with other `--evaluations` it goes on from these scores")
+            more = " and `--patience 0`" * ("hypervolume" in front.stopped)
+            self.progress.note(f"the search was stopped early: {front.stopped}; until test is read, larger `--evaluations`{more} go on")
         return [self.out / name for name in ("calibration.json", "baseline.json", "front.json")]
 
     def _build(self) -> list[Path]:

@@ -274,7 +274,7 @@ class Known:
     def record(self, e: Evaluation) -> None:
         """A line in the journal, unless it has that one."""
         before = self.lines.get(self._line(e))
-        if before is None or (e.elsewhere and msgspec.structs.replace(e, seconds=before.seconds) != before):  # priced by other tables
+        if before is None or msgspec.structs.replace(e, seconds=before.seconds) != before:  # priced by another table
             journal.append(self.path, e)
             self._note(e)
 

@@ -259,6 +259,9 @@ def check(recipe: Recipe) -> Recipe:
         ("finetune.batch_size", f.batch_size, f.batch_size >= 1, "at least 1"),
         ("finetune.learning_rate", f.learning_rate, 0 <= f.learning_rate < 1, "0 (automatic) or a rate below 1"),
         ("finetune.supernet_learning_rate", f.supernet_learning_rate, 0 <= f.supernet_learning_rate < 1, "0 (automatic) or a rate below 1"),
+        ("finetune.weight_decay", f.weight_decay, f.weight_decay >= 0, "0 or more"),
+        ("finetune.warmup", f.warmup, 0 <= f.warmup <= 1, "a part of the steps, between 0 and 1"),
+        ("finetune.patience", f.patience, f.patience >= 1, "at least 1"),
         ("finetune.ce_weight", f.ce_weight, 0 <= f.ce_weight <= 1, "between 0 and 1"),
         ("finetune.strong_teacher", f.strong_teacher, 0 <= f.strong_teacher <= 1, "between 0 and 1"),
         ("finetune.temperature", f.temperature, f.temperature > 0, "more than 0"),
@@ -276,12 +279,15 @@ def check(recipe: Recipe) -> Recipe:
         ("search.evaluations", s.evaluations, s.evaluations >= 1, "at least 1"),
         ("search.patience", s.patience, s.patience >= 0, "0 (never) or more"),
         ("search.workers", s.workers, s.workers >= 0, "0 (as many as are of use) or more"),
+        ("search.validation_samples", s.validation_samples, s.validation_samples >= 0, "0 (all) or more"),
         ("search.population", s.population, s.population >= 2, "at least 2"),
         ("search.calibration_samples", s.calibration_samples, s.calibration_samples >= 1, "at least 1"),
         ("search.objectives", s.objectives, objectives, f"one to four of {', '.join(OBJECTIVES)}"),
         ("search.precisions", s.precisions, set(s.precisions) <= set(integers), f"some of {', '.join(integers)}"),
         ("search.calibration_methods", s.calibration_methods, methods, f"some of {', '.join(METHODS)}"),
         ("measure.top_k", m.top_k, m.top_k >= 1, "at least 1"),
+        ("measure.agreement", m.agreement, m.agreement >= 0, "0 (none) or more"),
+        ("measure.safety", m.safety, m.safety >= 0, "0 or more"),
         ("measure.seconds", m.seconds, m.seconds > 0, "more than 0"),
         ("measure.batches", m.batches, bool(m.batches) and min(m.batches) >= 1, "batch sizes of at least 1"),
     ]
@@ -298,8 +304,11 @@ def check(recipe: Recipe) -> Recipe:
         faults.append("search.objectives = worst_ratio: needs a latency budget for every device, --latency-ms DEVICE=MS")
     if "error" not in s.objectives and recipe.budgets.max_drop is None:
         faults.append("search.objectives: without error nothing keeps a network from being useless; add it, or a budget --max-drop")
-    if "error" not in s.objectives and s.searcher == "ehvi":
-        faults.append("search.searcher = ehvi: predicts the error, which is not among search.objectives; nsga2 does without")
+    if "error" not in s.objectives and s.searcher.replace("_", "-") in LEARNING:
+        faults.append(f"search.searcher = {s.searcher}: predicts the error, which is not among search.objectives; nsga2 does without")
+    if (count := len(s.objectives) + len(recipe.also) * ("latency_ms" in s.objectives)) > 4:
+        devices = 1 + len(recipe.also)
+        faults.append(f"search.objectives: {count}, a latency for each of {devices} devices; at most four (worst_ratio is one for all)")
     if recipe.also and recipe.backend == targets.AUTO:
         faults.append("backend = auto: variants are compared for one device, `also` names more; name the backend")
     if recipe.budgets in (Budgets(), Budgets(latency_ms={})):
@@ -314,6 +323,8 @@ def check(recipe: Recipe) -> Recipe:
     return recipe
 
 
+LEARNING = ("ehvi", "linas-table", "mip")
+"""Searchers that take the error from models of it, and cost from tables."""
 OBJECTIVES = ("error", "latency_ms", "size_mb", "macs_m", "memory_mb", "worst_ratio")
 METHODS = ("minmax", "percentile", "mse", "entropy")
 STARTS, MIXED = ("teacher", "pretrained", "random"), ("no", "bf16")

@@ -85,4 +85,4 @@ def gain(matrix: Any, before: int) -> float:
     """By what part the hypervolume has grown since the first `before` of the candidates, both against the same reference."""
     corner = reference(matrix)
     then, now = (pareto.hypervolume(part, corner) for part in (matrix[:before], matrix))
-    return now / then - 1 if then else math.inf
+    return now / then - 1  # the reference lies beyond every point, so one of them covers something

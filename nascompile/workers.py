@@ -355,13 +355,15 @@ class Pool:
 
     def _leave(self, why: str) -> None:
         """One worker less, as long as there are others."""
-        with self._turn:
-            last = self._serving == 1
-        if last:
-            return self._give_up(NascompileError(f"no worker is left: {why}", hint="run the same command again: every score is kept"))
-        with self._turn:
+        with self._turn:  # one section: of two that leave together, one is the last
             self._serving -= 1
-        return self.note(f"{self._serving} workers go on: {why}")
+            left = self._serving
+            if not left:
+                fault = NascompileError(f"no worker is left: {why}", hint="run the same command again: every score is kept")
+                self._fault = self._fault or fault
+                self._turn.notify_all()
+        if left:
+            self.note(f"{left} workers go on: {why}")
 
     def _checked(self, answer: Answer, job: Job) -> Score:
         """The score, which must have been made of the same weights and samples by the same arithmetic as one of this process."""
@@ -468,6 +470,7 @@ class Cluster:
     ray: Any
     address: str
     files: Any = None
+    turn: threading.Lock = field(default_factory=threading.Lock)
 
     def room(self, wanted: int) -> int:
         """How many workers to start: as many as are wanted, or one for each processor. UnsupportedError if there are not so many."""
@@ -481,8 +484,9 @@ class Cluster:
 
     def worker(self, bench: Bench) -> Worker:
         """A worker on a node with a free processor; NoRoom if there is none for a while."""
-        if self.files is None:
-            self.files = self.ray.put(files_of(bench))
+        with self.turn:  # workers are started side by side: what they load goes to the cluster once
+            if self.files is None:
+                self.files = self.ray.put(files_of(bench))
         return Actor(self.ray, self.files, bench)
 
 
@@ -526,6 +530,10 @@ def _cluster(address: str) -> Iterator[Cluster]:
     except ImportError as error:
         raise UnsupportedError("--ray needs Ray, which is not installed", hint="pip install 'nascompile[ray]'") from error
     own = not ray.is_initialized()
+    if not own and address not in ("auto", here := str(ray.get_runtime_context().gcs_address)):
+        raise UnsupportedError(
+            f"this process is connected to the Ray cluster {here}, not to {address}", hint="ray=\"auto\" is the one it is connected to"
+        )
     if own:
         try:
             if there := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address):  # Ray itself would try for minutes

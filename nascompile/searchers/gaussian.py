@@ -46,17 +46,13 @@ class Features:
 
 
 class Process:
-    """Fitted to values (n,) of genomes (n, positions), with extra noise variances (n,) in units of the values."""
+    """Fitted to values (n,) of genomes (n, positions)."""
 
-    def __init__(
-        self, features: Features, rows: Array, values: Array, noise: Array | None = None, theta: Array | None = None,
-        fit: bool = True,
-    ) -> None:  # fmt: skip
+    def __init__(self, features: Features, rows: Array, values: Array, theta: Array | None = None, fit: bool = True) -> None:
         self.features = features
         self.own, self.shared = features(rows)
         self.mean, self.scale = float(values.mean()), float(values.std()) or 1.0
         self.values = (values - self.mean) / self.scale
-        self.extra = np.zeros(len(values)) if noise is None else noise / self.scale**2
         self.theta = self._fit(STARTS if theta is None else (theta,)) if fit or theta is None else theta
         self._factor()
 
@@ -72,7 +68,7 @@ class Process:
     def _loss(self, theta: Array) -> float:
         """Negative log of the marginal likelihood times the prior."""
         kernel = _kernel(theta, self.own, self.shared, self.own, self.shared)
-        kernel[np.diag_indices_from(kernel)] += np.exp(2 * theta[4]) + self.extra + JITTER
+        kernel[np.diag_indices_from(kernel)] += np.exp(2 * theta[4]) + JITTER
         try:
             factor = cho_factor(kernel, lower=True)
         except np.linalg.LinAlgError:
@@ -82,7 +78,7 @@ class Process:
 
     def _factor(self) -> None:
         kernel = _kernel(self.theta, self.own, self.shared, self.own, self.shared)
-        kernel[np.diag_indices_from(kernel)] += np.exp(2 * self.theta[4]) + self.extra + JITTER
+        kernel[np.diag_indices_from(kernel)] += np.exp(2 * self.theta[4]) + JITTER
         self.factor = cho_factor(kernel, lower=True)
         self.weights = cho_solve(self.factor, self.values)
 

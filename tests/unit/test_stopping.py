@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import threading
@@ -123,6 +122,7 @@ def test_growth_below_a_thousandth_is_none(factor, ends):
         assert bool(stop.after(np.array(points))) is ends
 
 
-def test_growth_from_nothing_is_without_bound():
-    assert gain([[2.0, 0.0], [1.0, 1.0]], 1) < math.inf  # the reference is a little beyond the worst
+def test_growth_is_of_what_was_covered_below_a_reference_beyond_the_worst():
+    """2.02 by 1.01: a strip of .02 by 1.01 at first, then one of 1.02 by .01 as well, of which .02 by .01 is the same."""
+    assert gain([[2.0, 0.0], [1.0, 1.0]], 1) == pytest.approx((0.0202 + 0.0102 - 0.0002) / 0.0202 - 1)
     assert gain([[0.0, 0.0]], 1) == 0
