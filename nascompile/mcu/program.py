@@ -538,6 +538,7 @@ def _limited(kernel: Kernel) -> Iterator[tuple[str, int, int, float]]:
     match kernel:
         case Attend():
             yield "tokens", kernel.tokens, 1, MOST_TOKENS
+            yield "channels of a head", kernel.width, 1, MOST_INPUTS
         case Scores():
             yield "channels of a head", kernel.width, 1, MOST_INPUTS
         case Mix():

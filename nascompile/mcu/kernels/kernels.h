@@ -202,7 +202,8 @@ typedef struct {
 void nc_depthwise(const nc_depthwise_t *op, const int8_t *x, int8_t *y, void *scratch);
 
 /* Average of kernel x kernel windows without padding: y = sat8(zero_point + hi((sum - kernel^2 * x_zero) * 256, multiplier)),
- * multiplier = round(x scale / (kernel^2 * y scale) * 2^24), kernel^2 <= 16384. Over the whole image: nc_mean with rows = height * width. */
+ * multiplier = round(x scale / (kernel^2 * y scale) * 2^24), kernel^2 <= 16384. Over the whole image: nc_mean with rows = height * width.
+ */
 typedef struct {
     int32_t multiplier, x_zero, zero_point;
     uint32_t height, width, channels;
