@@ -147,6 +147,15 @@ def test_a_board_that_is_unplugged_is_refused():
     assert board.port in caught.value.message
 
 
+def test_what_the_system_says_of_a_lost_line_is_said():
+    master, slave = pty.openpty()
+    os.close(master)
+    line = serial_line._Line(slave, "/dev/ttyACM7", 0.5)
+    with pytest.raises(UnsupportedError, match="/dev/ttyACM7 is gone: Input/output error"):
+        line.reach()
+    os.close(slave)
+
+
 @pytest.mark.parametrize(("make", "modelled"), [("firmware_uart.elf", True), ("firmware_board.elf BOARD=mine.c", False)])
 def test_counted_instructions_are_not_compared_with_cycles(make, modelled):
     device, session = plugins.get("devices", "serial_m7"), (("make", make), ("port", "/dev/null"))
