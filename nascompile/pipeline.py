@@ -511,12 +511,11 @@ class Context:
         found = None
         if self.table_use != "fresh":
             found = latency_table.find(target, environment, operators, explicit, self.recipe.allow_foreign)
-        own = found and not latency_table.differences(found.table.environment, environment)
-        if found and own and not self._still_holds(found, operators, space, backend, device):
+        foreign = latency_table.differences(found.table.environment, environment) if found else ()
+        if found and not foreign and not self._still_holds(found, operators, space, backend, device):
             found = None
         if self.table_use == "add-missing" and found is None:
             raise latency_table.nothing_to_add_to(target, environment, explicit)
-        foreign = latency_table.differences(found.table.environment, environment) if found else ()
         work = self._profiling_folder
         if found and foreign:
             if found.missing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from nascompile.errors import UnsupportedError
 from nascompile.records import Record
@@ -124,11 +124,6 @@ def emulated(board: Board) -> Board:
     return Board(
         device=board.device, core=board.core, ram=tuple(regions), flash=flash, clock_mhz=board.clock_mhz, stack_bytes=board.stack_bytes
     )
-
-
-def regions_text(regions: Sequence[Region]) -> str:
-    """`0x20000000:327680`, several with commas."""
-    return ",".join(f"0x{region.origin:08x}:{region.size}" for region in regions)
 
 
 def linker_script(template: str, board: Board, title: str, model_bytes: int) -> str:
