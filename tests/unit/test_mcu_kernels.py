@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -30,14 +28,6 @@ from kernel_calls.calls import (
     softmax,
     weighted,
 )  # fmt: skip
-
-
-def _need(*programs: str) -> None:
-    if missing := [program for program in programs if shutil.which(program) is None]:
-        reason = f"no {' '.join(missing)} on PATH: apt-get install -y --no-install-recommends gcc gcc-arm-none-eabi qemu-system-arm"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
 
 
 def calls_of(kernel: str) -> list:
@@ -108,8 +98,7 @@ def check(calls, results):
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    _need("gcc")
+def host(tmp_path_factory: pytest.TempPathFactory, mcu_tools: None) -> Path:
     return run.build_host(tmp_path_factory.mktemp("host"))
 
 
@@ -144,8 +133,7 @@ def test_so_it_does_at_sizes_nobody_chose(seed, host):
 
 
 @pytest.mark.parametrize("core", sorted(run.CORES))
-def test_so_does_each_core_in_qemu(core, tmp_path):
-    _need("arm-none-eabi-gcc", "qemu-system-arm")
+def test_so_does_each_core_in_qemu(core, tmp_path, mcu_tools):
     calls = [call for kernel in run.KERNEL_NAMES for call in calls_of(kernel)] + random_calls(3, 80)
     results = run.in_qemu(run.build_target(tmp_path, core), calls, core)
     check(calls, results)
