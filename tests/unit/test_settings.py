@@ -120,12 +120,34 @@ def test_one_to_four_objectives(names, fine):
     [
         (Budgets(size_mb=1.0), "nsga2", "without error nothing keeps a network from being useless"),
         (Budgets(max_drop=1.0), "ehvi", "ehvi: predicts the error, which is not among search.objectives"),
+        (Budgets(max_drop=1.0), "mip", "mip: predicts the error, which is not among search.objectives"),
+        (Budgets(max_drop=1.0), "linas-table", "linas-table: predicts the error, which is not among search.objectives"),
+        (Budgets(max_drop=1.0), "linas_table", "linas_table: predicts the error, which is not among search.objectives"),
     ],
 )
 def test_what_a_search_without_the_error_needs(budgets, searcher, says):
     with pytest.raises(RecipeError) as caught:
         settings.check(Recipe(budgets=budgets, search=settings.SearchSettings(objectives=("latency_ms",), searcher=searcher)))
     assert says in caught.value.detail
+
+
+def test_the_latency_on_each_device_is_an_objective_of_its_own():
+    three = settings.SearchSettings(objectives=("error", "latency_ms", "size_mb"))
+    assert settings.check(Recipe(budgets=Budgets(max_drop=1.0), search=three, also=("pi4:onnxruntime",)))
+    with pytest.raises(RecipeError) as caught:
+        settings.check(Recipe(budgets=Budgets(max_drop=1.0), search=three, also=("pi4:onnxruntime", "pi5:onnxruntime")))
+    assert "search.objectives: 5, a latency for each of 3 devices; at most four" in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("search", "validation_samples", -5), ("measure", "agreement", -1), ("measure", "safety", -0.5), ("finetune", "patience", 0),
+        ("finetune", "warmup", 1.5), ("finetune", "weight_decay", -0.1),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_their_range_are_named(section, name, value, tmp_path):
+    assert f"{section}.{name} = {value}: " in faults(f"{BUDGET}[{section}]\n{name} = {value}\n", tmp_path).detail
 
 
 @pytest.mark.parametrize(("name", "bound", "fine"), [("max_drop", 0.0, True), ("latency_ms", 0.0, False), ("size_mb", -1.0, False)])
