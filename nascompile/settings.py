@@ -209,7 +209,7 @@ def replace(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
 
 
 def demo_recipe() -> Recipe:
-    """The embedded vision transformer on its Fashion-MNIST subset: less than five minutes on two cores."""
+    """The embedded vision transformer on its Fashion-MNIST subset: some minutes on two cores."""
     return Recipe(
         model=DEMO,
         budgets=Budgets(max_drop=0.5),

@@ -165,6 +165,8 @@ def make(
 
 def _board(device: str, profile: DeviceProfile) -> dict[str, str]:
     """Session settings of a microcontroller; RecipeError where the profile contradicts itself."""
+    if not profile.clock_mhz > 0:
+        raise RecipeError(f"the profile of `{device}` does not say its clock_mhz: {profile.clock_mhz:g}", hint="clock_mhz = 216.0")
     sizes = [text.rpartition(":")[2] for text in (*profile.ram, profile.flash)]
     if not all(size.isdecimal() for size in sizes) or not profile.ram:
         raise RecipeError(f"the memory of `{device}` cannot be read", hint='ram = ["0x20000000:327680"], flash = "0x08000000:1048576"')

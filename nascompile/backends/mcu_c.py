@@ -48,7 +48,7 @@ class McuC:
     def footprint(self, graph: OperatorGraph, target: Target) -> project.Footprint:
         """RAM and flash of a candidate without building it, the fastest plan that fits; the smallest one where none does.
 
-        Compiles the kernels once in a process.
+        UnsupportedError for sizes that the kernels do not take. Compiles the kernels once in a process.
         """
         board = _board(target)
         shape = transformer.Shape.of_graph(graph, target.workload.resolution)

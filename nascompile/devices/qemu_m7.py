@@ -54,7 +54,7 @@ class QemuM7:
 
     def time(self, jobs: Sequence[Job], *, seconds: float, seed: int, min_samples: int = 30) -> tuple[Quantity, ...]:
         """Modelled ms of one call of each job, from one run: all others would count the same."""
-        return tuple(quantity(_instructions(job), _clock(job), min_samples) for job in jobs)
+        return tuple(quantity(_instructions(job), _clock(job)) for job in jobs)
 
     def throughput(self, job: Job, batch: int, seconds: float) -> Quantity:
         """What back-to-back calls of the modelled time would complete: a microcontroller takes samples one by one."""
@@ -66,10 +66,10 @@ class QemuM7:
         return int(project.facts(Path(folder))["ram"]["used"])
 
 
-def quantity(instructions: int, clock_mhz: float, n: int = 1) -> Quantity:
-    """Modelled milliseconds; a count has no spread."""
+def quantity(instructions: int, clock_mhz: float) -> Quantity:
+    """Modelled milliseconds of one run; a count has no spread."""
     ms = boards.modelled_ms(instructions, clock_mhz)
-    return Quantity(value=ms, unit="ms", kind="modelled", n=n, quantiles=tuple((level, ms) for level in LEVELS))
+    return Quantity(value=ms, unit="ms", kind="modelled", n=1, quantiles=tuple((level, ms) for level in LEVELS))
 
 
 class _Board:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from nascompile.errors import UnsupportedError
@@ -45,6 +46,10 @@ CORES = {
 EMULATED_FLASH = (0x00000000, 4 << 20)
 EMULATED_RAM = (0x20000000, 4 << 20)
 """(origin, bytes) of the memory of both emulated boards."""
+LEAST_GUARDED = 32
+"""Bytes: what the memory protection unit can tell apart."""
+SHUT, OPEN, READ_ONLY = 0, 3, 6
+"""Access of a guarded region, as in memory_map.h."""
 
 
 class Region(Record, frozen=True):
@@ -92,6 +97,12 @@ def of_settings(device: str, settings: Mapping[str, str]) -> Board:
     except ValueError as error:
         raise UnsupportedError(f"the memory of `{device}` cannot be read: {error}", hint='ram = "0x20000000:327680"') from error
     board = Board(device=device, core=CORES[settings["core"]], ram=ram, flash=flash, clock_mhz=clock, stack_bytes=stack)
+    if not 0 < clock < math.inf:
+        raise UnsupportedError(f"not a clock of `{device}`: clock_mhz = {settings['clock_mhz']}", hint="clock_mhz = 216.0")
+    if uneven := [region.size for region in ram if region.size % LEAST_GUARDED]:
+        raise UnsupportedError(
+            f"not a size of RAM of `{device}`: {', '.join(f'{size:,}' for size in uneven)} bytes", hint=f"a multiple of {LEAST_GUARDED}"
+        )
     if board.ram_bytes > EMULATED_RAM[1] or flash.size > EMULATED_FLASH[1]:
         raise UnsupportedError(f"`{device}` has more memory than the emulated board: {EMULATED_RAM[1]:,} bytes of RAM and of flash")
     if stack % 8 or stack < 512:
@@ -100,11 +111,15 @@ def of_settings(device: str, settings: Mapping[str, str]) -> Board:
 
 
 def emulated(board: Board) -> Board:
-    """The same sizes where the emulated board has its memory: RAM regions one after the other."""
+    """The same sizes where the emulated board has its memory: RAM regions one after the other, that of the stack first.
+
+    Below the stack there must be no memory, as on the device: a stack that grows too deep has to fault, not to write over tensors.
+    """
     regions, origin = [], EMULATED_RAM[0]
-    for region in board.ram:
+    for region in (board.ram[-1], *board.ram[:-1]):
         regions.append(Region(origin=origin, size=region.size))
         origin += region.size
+    regions.append(regions.pop(0))
     flash = Region(origin=EMULATED_FLASH[0], size=board.flash.size)
     return Board(
         device=board.device, core=board.core, ram=tuple(regions), flash=flash, clock_mhz=board.clock_mhz, stack_bytes=board.stack_bytes
@@ -131,19 +146,22 @@ def linker_script(template: str, board: Board, title: str, model_bytes: int) -> 
 
 
 def guard_regions(board: Board) -> tuple[tuple[int, int, int], ...]:
-    """(base, log2 of bytes, access: 0 none, 3 full) for the memory protection unit.
+    """(base, log2 of bytes, access) for the memory protection unit.
 
-    What lies on both sides of RAM is shut, since the emulated boards take stores there in silence; then the device's RAM is opened.
+    What lies on both sides of RAM is shut, since the emulated boards take stores there in silence; then the device's RAM is opened. The
+    boards' flash is RAM too: it is made read-only where a region is left for that.
     """
-    found = [(EMULATED_RAM[0] - (1 << 28), 28, 0), (EMULATED_RAM[0], 29, 0)]
+    found = [(EMULATED_RAM[0] - (1 << 28), 28, SHUT), (EMULATED_RAM[0], 29, SHUT)]
     at, end = EMULATED_RAM[0], EMULATED_RAM[0] + board.ram_bytes
     while at < end:
         size = 1 << min((at - EMULATED_RAM[0] or EMULATED_RAM[1]).bit_length() - 1, (end - at).bit_length() - 1)
         size = min(size, (at & -at) if at != EMULATED_RAM[0] else size)
-        found.append((at, size.bit_length() - 1, 3))
+        found.append((at, size.bit_length() - 1, OPEN))
         at += size
     if len(found) > 8:
         raise UnsupportedError(f"a RAM of {board.ram_bytes:,} bytes cannot be guarded: it is no sum of six powers of two")
+    if len(found) < 8:
+        found.append((EMULATED_FLASH[0], 28, READ_ONLY))
     return tuple(found)
 
 

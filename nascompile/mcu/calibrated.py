@@ -25,6 +25,10 @@ SHARES = 1 / 256
 """Scale of softmax's bytes."""
 HEADROOM = 0.45
 """Largest ratio of the class scores' own scale: they keep as many digits as their products have."""
+MIDDLE_HEADROOM = 0.49
+"""Largest ratio between the factors of a low-rank map; below the 0.5 that a multiplier can be."""
+MIXED_HEADROOM = 7.9
+"""Largest ratio of values to what attention mixes of them; below the 8 that the kernel takes."""
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu": constants.gelu,
     "gelu_pytorch_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
@@ -165,12 +169,12 @@ class Grid:
     zero: int = 0
 
     @classmethod
-    def covering(cls, low: float, high: float, symmetric: bool = False) -> Grid:
-        """The int8 grid that covers the range and 0."""
+    def covering(cls, low: float, high: float, symmetric: bool = False, least: float = 1e-9 / 255) -> Grid:
+        """The int8 grid that covers the range and 0, of a scale of at least `least`."""
         low, high = min(low, 0.0), max(high, 0.0)
         if symmetric:
             return cls(max(-low, high, 1e-9) / 127)
-        scale = max(high - low, 1e-9) / 255
+        scale = max((high - low) / 255, least)
         return cls(scale, int(np.clip(round(-128 - low / scale), -128, 127)))
 
     def bytes(self, x: Array) -> npt.NDArray[np.int8]:
@@ -187,8 +191,13 @@ class CalibratedNumbers:
     constants: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
 
     def grid(self, name: str) -> Grid:
-        """Of a tensor; attention takes queries symmetric."""
-        return Grid.covering(*self.ranges[name], symmetric=name.endswith(".q"))
+        """Of a tensor; attention takes queries symmetric, and mixes values to no step much smaller than theirs."""
+        if not name.endswith(".mixed"):
+            return Grid.covering(*self.ranges[name], symmetric=name.endswith(".q"))
+        at = name.removesuffix(".mixed")
+        heads = self.network.shape.layers[int(at.rpartition(".")[2])].heads
+        least = max(self.grid(f"{at}.v{h}").scale for h in range(heads)) / MIXED_HEADROOM
+        return Grid.covering(*self.ranges[name], least=least)
 
     def scale(self, name: str) -> tuple[float, int]:
         """Scale and zero point of a program's tensor, for people; keys and values have one a head, shares are counts of 256."""
@@ -235,8 +244,9 @@ class CalibratedNumbers:
         if f"{source}.first" not in parameters:
             return self._linear(name, parameters[f"{source}.weight"][rows], bias, x, y, table, onto)
         low, high = self.ranges[f"{source}.middle"]
-        middle = Grid(max(-low, high, 1e-9) / MIDDLE)
         factor = parameters[f"{source}.first"]
+        finest = x.scale * float(self._weight_scales(factor).max()) / MIDDLE_HEADROOM
+        middle = Grid(max(max(-low, high, 1e-9) / MIDDLE, finest))
         first = self._linear(f"{source}.first", factor, np.zeros(len(factor)), x, middle)  # its constants are there once for all heads
         second = self._linear(f"{name}.second", parameters[f"{source}.second"][rows], bias, middle, y, table, onto)
         return p.LowRank(name=name, first=first, second=second)

@@ -15,14 +15,17 @@ Reals = npt.NDArray[np.float64]
 Words = npt.NDArray[np.int32]
 
 
-def fixed(ratio: npt.ArrayLike, bits: int, limit: float, what: str) -> Words:
+OUTPUT_TOO_NARROW = "widen the output's calibrated range, its scale is too small"
+INPUTS_TOO_WIDE = "the calibrated ranges of queries and keys are too wide: calibrate on samples without such outliers"
+
+
+def fixed(ratio: npt.ArrayLike, bits: int, limit: float, what: str, hint: str = OUTPUT_TOO_NARROW) -> Words:
     """round(ratio * 2^bits) as int32; UnsupportedError where a ratio is negative, not finite, or not below limit."""
     values = np.asarray(ratio, np.float64)
     bad = ~(np.isfinite(values) & (values >= 0) & (values < limit))
     if bad.any():
         worst = values[bad].ravel()[0]
-        raise UnsupportedError(f"{what} does not fit the kernels' fixed point: {worst:g}, must be in [0, {limit:g})",
-                               hint="widen the output's calibrated range, its scale is too small")  # fmt: skip
+        raise UnsupportedError(f"{what} does not fit the kernels' fixed point: {worst:g}, must be in [0, {limit:g})", hint=hint)
     return np.minimum(np.rint(values * 2.0**bits), 2**31 - 1).astype(np.int32)
 
 
@@ -62,7 +65,7 @@ class Add:
 
 
 def add(a_scale: float, a_zero: int, b_scale: float, b_zero: int, y_scale: float, y_zero: int) -> Add:
-    a, b = (int(fixed(scale / y_scale, 20, 4, "an addend's scale / output scale")) for scale in (a_scale, b_scale))
+    a, b = (int(fixed(scale / y_scale, 20, 3.7, "an addend's scale / output scale")) for scale in (a_scale, b_scale))
     return Add(a, b, (y_zero << 20) - a_zero * a - b_zero * b + (1 << 19))
 
 
@@ -90,7 +93,8 @@ class Attention:
 
 
 def attention(q_scale: float, k_scale: float, v_scale: float, y_scale: float, width: int) -> Attention:
-    score = fixed(64 * q_scale * k_scale / math.sqrt(width), 32, 0.5, "64 * query scale * key scale / sqrt(width)")
+    ratio = 64 * q_scale * k_scale / math.sqrt(width)
+    score = fixed(ratio, 32, 0.5, "64 * query scale * key scale / sqrt(width)", INPUTS_TOO_WIDE)
     return Attention(int(score), int(fixed(v_scale / y_scale, 28, 8, "value scale / output scale")))
 
 

@@ -86,11 +86,13 @@ class _Writer:
         return identifier(name)
 
     def struct(self, kind: str, name: str, fields: Mapping[str, Any]) -> str:
-        """A parameter; its address."""
+        """A parameter; its address. Where it was named before, it must be the same."""
         own = identifier(name)
+        text = f"static const {kind} {own} = {_braces(fields)};"
         if own not in self.parameters:
-            self.parameters[own] = f"static const {kind} {own} = {_braces(fields)};"
+            self.parameters[own] = text
             self.model_bytes += _up(STRUCTS[kind])
+        assert self.parameters[own] == text, f"two parameters are named {own}"
         return f"&{own}"
 
     def line(self, text: str) -> None:

@@ -45,8 +45,8 @@ def faults(demand: Demand, plan: Plan) -> list[str]:
             found.append(f"step {step.name} has {plan.scratch[i][1]} bytes of scratch for tile {plan.tiles[i]}")
         for name in step.reads:
             check_held(f"when {step.name} begins", name)
-        # while the step runs nothing it reads may be overwritten, unless it says that it can bear it
-        bears = {write: read for read, write in step.overlays if plan.overlaid.get(write) == read}
+        # while the step runs nothing it reads may be overwritten, unless it says that it can bear it; what it reads twice may never be
+        bears = {write: read for read, write in step.overlays if plan.overlaid.get(write) == read and step.reads.count(read) == 1}
         busy: dict[int, str] = {}
         for name in dict.fromkeys(step.reads):
             busy |= dict.fromkeys(place_of(name), name)

@@ -143,11 +143,14 @@ def with_tiles(demand: Demand, tiles: Mapping[str, int], limit: int = 0, *, over
 
 
 def _overlaid(demand: Demand, lives: Mapping[str, tuple[int, int]]) -> dict[str, str]:
-    """Result ▸ what it replaces: as declared, where what is replaced dies in that step, is as large, and is replaced once."""
+    """Result ▸ what it replaces: as declared, where what is replaced dies in that step, is as large, and is replaced once.
+
+    What a step reads twice is not replaced: its second reading may be one that does not bear it.
+    """
     found: dict[str, str] = {}
     for i, step in enumerate(demand.steps):
         for read, write in step.overlays:
-            fits = lives[read][1] == i and demand.sizes[read] == demand.sizes[write]
+            fits = lives[read][1] == i and demand.sizes[read] == demand.sizes[write] and step.reads.count(read) == 1
             if fits and write not in found and read not in found.values():
                 found[write] = read
     return found

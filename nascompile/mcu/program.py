@@ -7,12 +7,13 @@ write them (weights by output and input, bias, multiplier); `packing` puts them 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from nascompile.errors import UnsupportedError
 from nascompile.mcu import planner
 from nascompile.records import Record
 
@@ -508,6 +509,51 @@ def demand(structure: Structure) -> planner.Demand:
         steps.append(planner.Step(op.name, op.inputs, op.outputs, overlays, pairs))
     sizes = {t.name: t.size_bytes for t in structure.tensors}
     return planner.Demand(sizes, tuple(steps), (), (structure.output,))
+
+
+MOST_INPUTS, MOST_RANK, MOST_TOKENS, MOST_ROWS = 32768, 2048, 512, 16384
+"""Of sums that fit 32 bits whatever the bytes are, a bias of 2^30 included; see kernels.h."""
+
+
+def check(structure: Structure) -> None:
+    """UnsupportedError naming the operator, and which of its sizes the kernel does not take: nothing in C looks at them."""
+    for op in structure.operations:
+        for what, value, least, most in _limited(op.kernel):
+            if not least <= value <= most:
+                allowed = f"{least:,} to {most:,}" if most < math.inf else f"at least {least:,}"
+                raise UnsupportedError(
+                    f"operator {op.name} has {value:,} {what}, its kernel takes {allowed}",
+                    hint="another size of the network, or of its image",
+                )
+
+
+def _limited(kernel: Kernel) -> Iterator[tuple[str, int, int, float]]:
+    """(what a size counts, in the words of an error; its value; the least and the most that it may be)."""
+    for map_ in maps(kernel):
+        yield f"inputs of {map_.name}", map_.inputs, 1, MOST_INPUTS
+        if isinstance(map_, LowRank):
+            yield f"values between the factors of {map_.name}", map_.first.outputs, 1, MOST_RANK
+    if norm := norm_of(kernel):
+        yield "normalized channels", norm.width, 2, 1024
+    match kernel:
+        case Attend():
+            yield "tokens", kernel.tokens, 1, MOST_TOKENS
+            yield "channels of a head", kernel.width, 1, MOST_INPUTS
+        case Scores():
+            yield "channels of a head", kernel.width, 1, MOST_INPUTS
+        case Mix():
+            yield "tokens", kernel.tokens, 1, MOST_INPUTS
+        case Softmax():
+            yield "scores in a row", kernel.width, 1, 65535
+        case Mean():
+            yield "rows", kernel.rows, 1, MOST_ROWS
+        case Conv() | Depthwise() | AveragePool():
+            pooled = isinstance(kernel, AveragePool)
+            yield "pixels in a window", kernel.kernel**2, 1, MOST_ROWS if pooled else math.inf
+            yield "pixels from window to window", kernel.stride, 1, math.inf
+            yield "pixels of padding", kernel.pad, 0, 0 if pooled else kernel.kernel - 1
+            yield "rows of output", out_size(kernel.height, kernel), 1, math.inf
+            yield "columns of output", out_size(kernel.width, kernel), 1, math.inf
 
 
 def maps(kernel: Kernel) -> tuple[Map, ...]:

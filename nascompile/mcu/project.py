@@ -47,7 +47,11 @@ def place(
     structure: p.Structure, board: Board, *, overlay: bool = True, tiles: Mapping[str, int] | None = None, smallest: bool = False,
     enforce: bool = True,
 ) -> Planned:  # fmt: skip
-    """The fastest tiles that fit the board; BudgetError for a program that does not fit, unless `enforce` is off."""
+    """The fastest tiles that fit the board; BudgetError for a program that does not fit, unless `enforce` is off.
+
+    UnsupportedError for sizes that the kernels do not take.
+    """
+    p.check(structure)
     demand = p.demand(structure)
     first = planner.plan(demand, overlay=overlay, smallest=True)
     writer = emit.written(structure, first)  # how many counters there are and what is read does not depend on tiles or offsets
@@ -55,8 +59,8 @@ def place(
     rest = board.stack_bytes + base.bss + up(4 * (len(writer.counted) + 1))
     limit = board.arena_limit(rest) if enforce else 0
     try:
-        if limit < 0:
-            raise BudgetError(f"stack and variables alone take {rest:,} bytes of {board.ram_bytes:,}")
+        if enforce and (limit <= 0 or rest > board.ram[-1].size):  # to the planner 0 is no limit
+            raise BudgetError(f"stack and variables alone take {rest:,} bytes of {board.ram[-1].size:,}")
         found = first if smallest and first.arena_bytes <= (limit or first.arena_bytes) else None
         found = found or planner.with_tiles(demand, tiles or {}, limit, overlay=overlay)
     except BudgetError as error:

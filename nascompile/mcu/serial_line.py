@@ -10,7 +10,8 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from nascompile.errors import UnsupportedError
 from nascompile.mcu import toolchain
 
 WORD = b"nascompile\n"
+EMULATED = "firmware_uart.elf"
+"""What `make` builds for QEMU's board; everything else has the cycle counter of the core."""
 KNOCK = 0.2
 """Seconds between two attempts to reach the board."""
 SILENCE = 120.0
@@ -107,15 +110,16 @@ class _Line:
         self.handle, self.port, self.silence = handle, port, silence
 
     def reach(self) -> None:
-        """Knock until the board says its word."""
+        """Knock until the board says its word, whatever else it says meanwhile."""
         seen, began = b"", time.monotonic()
         while not seen.endswith(WORD):
             if time.monotonic() - began > self.silence:
                 said = f"last heard: {seen[-40:]!r}"
                 raise UnsupportedError(f"nothing answers on {self.port}", detail=said, hint="is the firmware flashed, and the speed right?")
             self.write(b"S")
-            while select.select([self.handle], [], [], KNOCK)[0] and not seen.endswith(WORD):
-                seen += os.read(self.handle, 1)
+            knocked = time.monotonic()
+            while not seen.endswith(WORD) and (left := knocked + KNOCK - time.monotonic()) > 0 and self.hears(left):
+                seen += self.some(1)
 
     def frame(self) -> tuple[bytes, int]:
         """Kind and value."""
@@ -125,17 +129,33 @@ class _Line:
     def read(self, count: int) -> bytes:
         data = bytearray()
         while len(data) < count:
-            if not select.select([self.handle], [], [], self.silence)[0]:
+            if not self.hears(self.silence):
                 raise UnsupportedError(f"the board on {self.port} fell silent after {len(data)} of {count} bytes")
-            part = os.read(self.handle, count - len(data))
-            if not part:
-                raise UnsupportedError(f"{self.port} was closed")
-            data += part
+            data += self.some(count - len(data))
         return bytes(data)
+
+    def hears(self, seconds: float) -> bool:
+        """Whether there is something to read, or becomes so in that time."""
+        return bool(select.select([self.handle], [], [], seconds)[0])
+
+    def some(self, most: int) -> bytes:
+        """What there is, a byte at least; UnsupportedError if the line was closed."""
+        with self._plugged_in():
+            if found := os.read(self.handle, most):
+                return found
+        raise UnsupportedError(f"{self.port} was closed")
 
     def write(self, data: bytes) -> None:
         while data:
-            data = data[os.write(self.handle, data) :]
+            with self._plugged_in():
+                data = data[os.write(self.handle, data) :]
+
+    @contextmanager
+    def _plugged_in(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UnsupportedError(f"{self.port} is gone: {error.strerror}", hint="is the board still plugged in?") from error
 
 
 def _open(port: str, baud: int) -> int:

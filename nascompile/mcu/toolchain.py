@@ -176,9 +176,15 @@ def _finished(command: Sequence[str], scratch: str, samples: int, timeout: float
     return parse((Path(scratch) / "out").read_bytes(), samples)
 
 
+def sources() -> list[Path]:
+    """Kernels, firmware, what writes C, and what makes programs of networks."""
+    own = (path for path in HERE.rglob("*") if path.suffix in (".c", ".h", ".ld", ".py") or path.name == "Makefile")
+    return [*sorted(own), HERE.parent / "programs.py"]
+
+
 def sources_digest() -> str:
-    """Hash of kernels, firmware and what writes C: projects of different hashes are different programs."""
+    """Hash of `sources`: projects of different hashes are different programs."""
     sha = hashlib.sha256()
-    for path in sorted(path for path in HERE.rglob("*") if path.suffix in (".c", ".h", ".ld", ".py") or path.name == "Makefile"):
-        sha.update(path.relative_to(HERE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sources():
+        sha.update(path.relative_to(HERE.parent).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return sha.hexdigest()[:16]

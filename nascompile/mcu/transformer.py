@@ -46,6 +46,14 @@ class Shape(Record, frozen=True):
     layers: tuple[Layer, ...]
     classes: int
 
+    def __post_init__(self) -> None:
+        height, width, _ = self.image
+        if self.patch < 1 or height % self.patch or width % self.patch:
+            raise UnsupportedError(
+                f"an image of {height} x {width} is no whole number of patches of {self.patch} x {self.patch}",
+                hint="an image size that the patch size divides",
+            )
+
     @property
     def patches(self) -> int:
         return (self.image[0] // self.patch) * (self.image[1] // self.patch)

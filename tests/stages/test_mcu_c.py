@@ -17,8 +17,19 @@ from nascompile.backends import mcu_c
 from nascompile.devices import Job
 from nascompile.errors import BudgetError, DataError, RecipeError, RecordError, UnsupportedError
 from nascompile.families import InputSpec
-from nascompile.mcu import board as boards, emit, interpreter, plan_check, program as programs, project, toolchain, transformer
+from nascompile.mcu import (
+    board as boards,
+    calibrated,
+    emit,
+    interpreter,
+    plan_check,
+    program as programs,
+    project,
+    toolchain,
+    transformer,
+)
 from nascompile.mcu.program import Program, demand
+from nascompile.programs import lower as lowered
 from nascompile.records import Workload
 
 ODD = transformer.Shape.uniform((24, 24, 3), 8, 22, 2, 2, 37, 5)
@@ -194,13 +205,15 @@ def set_aside(script) -> int:
     return int(re.search(r"_model_end - _model_start <= (\d+)", script.read_text())[1])
 
 
-def test_what_the_device_lacks_is_not_there(tmp_path, written):
+@pytest.mark.parametrize("device", ["stm32f746", "stm32h743", "stm32f427"])
+def test_what_the_device_lacks_is_not_there(tmp_path, written, device):
     program = transformer.build("odd", ODD, transformer.RandomNumbers(1), "blocks")
-    board = board_of("stm32f746")
+    board = board_of(device)
     written(program, board)
     path, good = tmp_path / "model.c", (tmp_path / "model.c").read_text()
     mark = "NC_MARK(0);"
-    for address, dies in ((0x2004FFFC, False), (0x20050000, True), (0x1FFFFFFC, True)):
+    end = 0x20000000 + board.ram_bytes
+    for address, dies in ((end - 4, False), (end, True), (0x1FFFFFFC, True), (0x00010000, True)):  # the last is flash
         path.write_text(good.replace(mark, f"{mark} *(volatile uint32_t *)0x{address:08X}u = 1;"))
         toolchain.make(tmp_path, "firmware.elf")
         if dies:
@@ -379,9 +392,46 @@ def test_time_is_modelled_from_exact_counts(engine):
     assert (latency.kind, latency.unit) == ("modelled", "ms")
     count = int(runner.count({"pixel_values": x}).counts.sum())
     assert latency.value == pytest.approx(count * 0.925 / 216e3)
+    assert latency.n == 1
     assert boards.instructions_of(latency.value, 216.0) == count
     assert boards.instructions_of(reference.value, 100.0) == 1_000_000
     assert device.peak_memory("mcu_c", str(folder), target, {}) == project.facts(folder)["ram"]["used"]
+
+
+def trained() -> tuple[calibrated.Network, np.ndarray]:
+    """A network of made up weights with one map in two factors, and images for it: as if somebody had trained it."""
+    rng, shape = np.random.default_rng(4), ODD
+    sizes = {"embedding": (8 * 8 * 3, shape.width), "head": (shape.width, shape.classes)}
+    for i, layer in enumerate(shape.layers):
+        wide, inner = shape.width, layer.inner
+        parts = {"query": (wide, inner), "key": (wide, inner), "value": (wide, inner), "out": (inner, wide)}
+        parts |= {"up": (wide, layer.hidden), "down": (layer.hidden, wide)}
+        sizes |= {f"layers.{i}.{part}": size for part, size in parts.items()}
+    parameters = {}
+    for name, (inputs, outputs) in sizes.items():
+        parameters |= {f"{name}.weight": rng.normal(0, inputs**-0.5, (outputs, inputs)), f"{name}.bias": rng.normal(0, 0.1, outputs)}
+    for name in ("norm", *(f"layers.{i}.norm{j}" for i in range(len(shape.layers)) for j in (1, 2))):
+        parameters |= {f"{name}.weight": rng.normal(1, 0.1, shape.width), f"{name}.bias": rng.normal(0, 0.1, shape.width)}
+    parameters |= {"position": rng.normal(0, 0.5, (shape.tokens, shape.width)), "class_token": rng.normal(0, 0.5, shape.width)}
+    u, s, v = np.linalg.svd(parameters.pop("layers.0.value.weight"), full_matrices=False)
+    parameters |= {"layers.0.value.first": s[:9, None] * v[:9], "layers.0.value.second": u[:, :9]}
+    net = calibrated.Network(shape, parameters, epsilon=1e-6, mean=(0.5,) * 3, deviation=(0.25,) * 3)
+    return net, (rng.integers(0, 256, (16, 3, 24, 24)) / 255 - 0.5) / 0.25
+
+
+def test_a_calibrated_network_is_an_engine(tmp_path, mcu_tools):
+    net, x = trained()
+    program = lowered(net, calibrated.observe(net, [x]), "blocks", x[0])
+    target = targets.make("stm32f746", "", Workload(resolution=(24, 24), sequence=10))
+    backend = plugins.get("backends", "mcu_c")
+    runner = backend.load(tmp_path, backend.build(program, target, tmp_path), target)
+    inputs = {"pixel_values": x[:4].astype(np.float32)}
+    found = runner.run(inputs)["logits"]
+    np.testing.assert_array_equal(runner.emulate(inputs)["logits"], found)
+    scores = np.stack([interpreter.run(program, image) for image in runner.quantized(inputs)])
+    np.testing.assert_array_equal(found, (scores * program.structure.logits.scale).astype(np.float32))
+    want = calibrated.forward(net, x[:4])
+    assert 10 * np.log10((want**2).sum() / ((found - want) ** 2).sum()) > 20, "dB of the scores against float ones"
 
 
 def test_a_program_that_the_kernels_do_not_compute_is_no_engine(engine, tmp_path, monkeypatch):
@@ -395,7 +445,8 @@ def test_profiles_of_boards_say_what_memory_they_have(tmp_path):
     for name, ram, flash in (("stm32f746", 320, 1024), ("stm32h743", 512, 2048), ("stm32f427", 256, 1024)):
         board = board_of(name)
         assert (board.ram_bytes, board.flash.size) == (ram * 1024, flash * 1024)
-        assert board.ram_bytes == sum(1 << log2 for _, log2, access in boards.guard_regions(boards.emulated(board)) if access)
+        guarded = boards.guard_regions(boards.emulated(board))
+        assert board.ram_bytes == sum(1 << log2 for _, log2, access in guarded if access == boards.OPEN)
     text = (targets.load_profile("stm32f746") and targets._files(None)["stm32f746"].read_text()).replace("327680\n", "262144\n")
     (tmp_path / "mine.toml").write_text(text)
     with pytest.raises(RecipeError, match="contradicts itself: ram_bytes 262144"):

@@ -7,6 +7,7 @@ import pty
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -17,8 +18,8 @@ from nascompile import plugins, targets
 from nascompile.devices import Job
 from nascompile.errors import UnsupportedError
 from nascompile.mcu import interpreter, serial_line, toolchain, transformer
-from nascompile.mcu.board import CORES
-from nascompile.records import Workload
+from nascompile.mcu.board import CORES, CYCLE_MODEL
+from nascompile.records import Target, Workload
 
 SHAPE = transformer.Shape.uniform((16, 16, 3), 8, 16, 1, 2, 24, 4)
 FLASHER = """
@@ -112,6 +113,57 @@ def test_a_board_that_does_not_answer_well_is_refused(says, message):
     board = Board(says)
     with pytest.raises(UnsupportedError, match=message):
         serial_line.talk(board.port, 115200, np.zeros((1, 4), np.int8), silence=0.6)
+
+
+class Chatter(Board):
+    """Says one thing after the other, and never its word."""
+
+    def run(self) -> None:
+        for _ in range(400):  # longer than anybody should listen
+            os.write(self.master, b"x")
+            time.sleep(0.01)
+
+
+def test_a_board_that_never_stops_talking_is_given_up():
+    began = time.monotonic()
+    with pytest.raises(UnsupportedError, match="nothing answers"):
+        serial_line.talk(Chatter(b"").port, 115200, np.zeros((1, 4), np.int8), silence=0.5)
+    assert time.monotonic() - began < 2, "it talks for four seconds"
+
+
+class Unplugged(Board):
+    """Goes away in the middle of a frame."""
+
+    def run(self) -> None:
+        super().run()
+        os.close(self._slave)
+        os.close(self.master)
+
+
+def test_a_board_that_is_unplugged_is_refused():
+    board = Unplugged(b"nascompile\nO\x08")
+    with pytest.raises(UnsupportedError, match=r"is gone|was closed") as caught:
+        serial_line.talk(board.port, 115200, np.zeros((1, 4), np.int8), silence=5)
+    assert board.port in caught.value.message
+
+
+def test_what_the_system_says_of_a_lost_line_is_said():
+    master, slave = pty.openpty()
+    os.close(master)
+    line = serial_line._Line(slave, "/dev/ttyACM7", 0.5)
+    with pytest.raises(UnsupportedError, match="/dev/ttyACM7 is gone: Input/output error"):
+        line.reach()
+    os.close(slave)
+
+
+@pytest.mark.parametrize(("make", "modelled"), [("firmware_uart.elf", True), ("firmware_board.elf BOARD=mine.c", False)])
+def test_counted_instructions_are_not_compared_with_cycles(make, modelled):
+    device, session = plugins.get("devices", "serial_m7"), (("make", make), ("port", "/dev/null"))
+    target = Target(device="mine", backend="mcu_c", workload=Workload(), session=session)
+    must = dict(device.environment(target, ()).must_match)
+    assert must["counted"] == ("instructions in QEMU" if modelled else "cycles of the core")
+    assert must.get("modelled", "") == (CYCLE_MODEL if modelled else "")
+    assert not device.deterministic, "a core with caches"
 
 
 def test_settings_that_cannot_be_meant(tmp_path):

@@ -127,7 +127,7 @@ def test_addition_means_and_tables_are_within_half_a_step(rng):
         (lambda: constants.requantizer(-0.1), "-0.1"),
         (lambda: constants.attention(0.1, 0.1, 1.0, 0.1, 32), "value scale / output scale"),
         (lambda: constants.attention(1.0, 1.0, 1.0, 1.0, 4), "query scale"),
-        (lambda: constants.add(4.0, 0, 1.0, 0, 1.0, 0), "addend"),
+        (lambda: constants.add(3.7, 0, 1.0, 0, 1.0, 0), "addend"),
         (lambda: constants.bias_words([1.0], 1e-6, [1e-6]), "bias"),
         (lambda: constants.layer_norm(np.ones(1), np.ones(1), 1e-6, 1.0, 1.0, 0), "1 channels"),
         (lambda: constants.layer_norm(np.ones(4), np.ones(4), 1e-6, 1e-12, 1.0, 0), "epsilon"),
@@ -137,6 +137,24 @@ def test_addition_means_and_tables_are_within_half_a_step(rng):
 def test_numbers_that_do_not_fit_are_refused(make, says):
     with pytest.raises(UnsupportedError, match=says):
         make()
+
+
+def test_whose_range_is_at_fault_is_said():
+    with pytest.raises(UnsupportedError) as caught:
+        constants.attention(1.0, 1.0, 1.0, 1.0, 4)
+    assert "queries and keys are too wide" in caught.value.hint
+    with pytest.raises(UnsupportedError) as caught:
+        constants.attention(0.1, 0.1, 1.0, 0.1, 32)
+    assert "widen the output's" in caught.value.hint
+
+
+@pytest.mark.parametrize("zeros", [(-128, -128, 127), (127, 127, -128)])
+def test_the_largest_sum_of_an_addition_fits_32_bits(zeros):
+    a, b, y = zeros
+    sums = constants.add(3.6999, a, 3.6999, b, 1.0, y)
+    farthest = 127 if a < 0 else -128
+    total = farthest * (sums.a_multiplier + sums.b_multiplier) + sums.constant
+    assert 0.97 * 2**31 < abs(total) < 2**31, "near the end, not past it"
 
 
 def test_a_multiplier_just_below_one_half_fits():

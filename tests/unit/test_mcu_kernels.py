@@ -78,7 +78,9 @@ def calls_of(kernel: str) -> list:
             return [lookup(rng, n, in_place=n % 2 == 1, offset=n % 3) for n in (1, 2, 3, 7, 8, 9, 64, 257)]
         case "add":
             found = [add(rng, n, alias=alias, offset=0 if alias else 1) for n in (1, 3, 8, 13, 64) for alias in (None, 0, 1)]
-            return [*found, add(rng, 99, scales=(0.2, 0.2, 0.051)), add(rng, 99, scales=(1e-4, 0.2, 0.2))]
+            for zeros in ((-128, -128, 127), (127, 127, -128)):
+                found.append(add(rng, 99, scales=(0.36999, 0.36999, 0.1), zeros=zeros, extreme=True))
+            return [*found, add(rng, 99, scales=(0.2, 0.2, 0.055)), add(rng, 99, scales=(1e-4, 0.2, 0.2))]
         case "mean":
             return [mean(rng, *size) for size in ((1, 1), (3, 4), (5, 7, 2), (64, 96), (300, 5))]
         case "patch_embed":

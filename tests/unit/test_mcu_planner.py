@@ -19,7 +19,7 @@ def random_demand(seed: int) -> Demand:
     steps = []
     for i in range(int(rng.integers(1, 13))):
         known = list(sizes)
-        reads = tuple(dict.fromkeys(rng.choice(known, size=min(len(known), int(rng.integers(1, 4))))))
+        reads = tuple(rng.choice(known, size=min(len(known), int(rng.integers(1, 4)))))  # the same one twice among them
         writes = tuple(f"t{i}.{j}" for j in range(int(rng.integers(1, 3))))
         overlays = []
         for name in writes:
@@ -90,6 +90,15 @@ def test_overlays_where_nobody_needs_what_is_replaced():
 def test_a_result_smaller_than_what_it_could_replace_gets_a_place_of_its_own():
     demand = Demand({"in": 100, "x": 50}, (Step("s", ("in",), ("x",), (("in", "x"),)),), ("in",), ("x",))
     assert plan(demand).overlaid == {}
+
+
+def test_what_a_step_reads_twice_is_not_replaced():
+    """A convolution onto its own input: windows that come later still read it."""
+    demand = Demand({"in": 64, "x": 64}, (Step("s", ("in", "in"), ("x",), (("in", "x"),)),), ("in",), ("x",))
+    found = plan(demand)
+    assert found.overlaid == {}
+    bad = replace(found, offsets={"in": 0, "x": 0}, overlaid={"x": "in"})
+    assert any("writes x over in, which it reads" in line for line in faults(demand, bad))
 
 
 def test_the_better_of_two_orders_is_kept():

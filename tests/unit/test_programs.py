@@ -102,11 +102,60 @@ def test_maps_in_two_factors(case):
     assert stored == {f"layers.0.key.first.{kind}" for kind in ("weights", "bias", "multiplier")}, "once for all heads"
 
 
-def test_what_was_never_seen_is_saturated_not_wrapped(case):
-    net = case.network()
-    program = programs.lower(net, calibrated.observe(net, [np.zeros((1, 3, 12, 12))]), "blocks")
-    scores = interpreter.run(program, np.full((12, 12, 3), 127, np.int8))
-    assert np.isfinite(scores * program.structure.logits.scale).all()
+PARTS = ("normalized", "s", "mixed", "o", "attended", "normalized2", "h", "g", "m", "out")
+
+
+@pytest.mark.parametrize("name", ["tokens", *(f"layers.0.{part}" for part in PARTS), "features"])
+def test_what_was_never_seen_is_saturated_not_wrapped(case, name):
+    """A tensor that was calibrated on half of its range, what comes before it on all."""
+    net, image = case.network(), case.images[:1]
+    seen, want = calibrated.observe(net, [image]), {}
+    calibrated.forward(net, image, lambda name, x: want.setdefault(name, x[0]))
+    low, high = seen[name]
+    ranges = seen | {name: (low / 2, high / 2)}
+    program = programs.lower(net, ranges, "none")
+    grid = calibrated.CalibratedNumbers(net, ranges).grid(name)
+    steps = want[name] / grid.scale + grid.zero
+    beyond = (steps > 127 + 20) | (steps < -128 - 20)  # by more than what integers before it may be off
+    assert beyond.any()
+    found = interpreter.trace(program, program.structure.pixels.quantize(image)[0])[name].reshape(steps.shape)
+    assert (found[beyond] == np.where(steps > 0, 127, -128)[beyond]).all()
+
+
+def test_tensors_that_hardly_vary_have_a_grid_that_the_kernels_take(case):
+    """Values that cancel where attention mixes them, and maps of low rank whose middle is next to nothing."""
+    net = factored(case.network(), 0.5)
+    ranges = calibrated.observe(net, [case.images])
+    narrow = {name: (-1e-7, 1e-7) for name in ranges if name.endswith((".mixed", ".middle"))}
+    assert len(narrow) > 2 * len(net.shape.layers)
+    for fusion in ("none", "blocks"):
+        program = programs.lower(net, ranges | narrow, fusion)
+        numbers = calibrated.CalibratedNumbers(net, ranges | narrow)
+        values = max(numbers.grid(f"layers.0.v{h}").scale for h in range(net.shape.layers[0].heads))
+        assert program.structure.tensor("layers.0.mixed").scale == pytest.approx(values / 7.9)
+        interpreter.run(program, np.zeros((12, 12, 3), np.int8))
+    whole = calibrated.CalibratedNumbers(net, ranges)
+    low, high = ranges["layers.0.mixed"]
+    assert whole.grid("layers.0.mixed").scale == pytest.approx((max(high, 0) - min(low, 0)) / 255), "as seen, where that can be"
+
+
+@pytest.mark.parametrize(("activation", "epsilon"), [("gelu", 0.05), ("relu", 1e-12), ("gelu_pytorch_tanh", 1e-6)])
+def test_every_activation_and_epsilon_reach_the_integers(activation, epsilon):
+    own = Case(ViTConfig(**SIZES, image_size=12, patch_size=4, num_channels=3, hidden_act=activation, layer_norm_eps=epsilon))
+    net = own.network()
+    subnet = own.net.subnet(own.space, own.point)
+    with torch.no_grad():
+        logits = own.net({"pixel_values": torch.from_numpy(own.images).float()}, subnet).numpy()
+    assert np.allclose(calibrated.forward(net, own.images), logits, atol=1e-4)
+    if epsilon > 1e-3:  # next to variances that are no larger
+        parts = ("embedding.weight", "embedding.bias", "position", "class_token")
+        small = {name: 0.1 * net.parameters[name] for name in parts}
+        net = dataclasses.replace(net, parameters=dict(net.parameters) | small)
+    want, ranges = calibrated.forward(net, own.images[:8]), calibrated.observe(net, [own.images])
+    assert signal_to_noise(programs.lower(net, ranges, "blocks"), own.images[:8], want) > 20
+    if epsilon > 1e-3:
+        without = programs.lower(dataclasses.replace(net, epsilon=1e-12), ranges, "blocks")
+        assert signal_to_noise(without, own.images[:8], want) < 15
 
 
 def test_what_has_no_program_is_refused(case):

@@ -150,9 +150,11 @@ def lookup(rng, count, *, in_place=False, offset=0):
                 expected=reference.lookup(table, x))  # fmt: skip
 
 
-def add(rng, count, *, alias=None, scales=(0.04, 0.05, 0.06), offset=0):
+def add(rng, count, *, alias=None, scales=(0.04, 0.05, 0.06), zeros=(-7, 100, 3), offset=0, extreme=False):
     a, b = _int8(rng, count), _int8(rng, count)
-    sums = constants.add(scales[0], -7, scales[1], 100, scales[2], 3)
+    if extreme:
+        a, b = (rng.choice(np.array(LIMITS, np.int8), part.shape) for part in (a, b))
+    sums = constants.add(scales[0], zeros[0], scales[1], zeros[1], scales[2], zeros[2])
     parameters = (sums.a_multiplier, sums.b_multiplier, sums.constant)
     return Call("add", (*parameters, count), (Buffer(a, offset), Buffer(b)), count, alias=alias, offset=offset,
                 expected=reference.add(a, b, *parameters))  # fmt: skip

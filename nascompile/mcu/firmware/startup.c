@@ -25,7 +25,8 @@ __attribute__((section(".vectors"), used)) static void (*const vectors[16])(void
 #define MPU ((volatile uint32_t *)0xE000ED90)
 enum { MPU_CONTROL = 1, MPU_NUMBER = 2, MPU_BASE = 3, MPU_SIZE = 4 };
 
-/* The emulated board has more RAM than the device: what the device lacks must not be there. Later regions win over earlier ones.
+/* The emulated board has more RAM than the device, and flash that can be written: what the device lacks must not be there. Later regions
+   win over earlier ones.
    On the device itself nothing needs a guard, and there is none: beyond its RAM there is no memory. */
 static void guard(void)
 {
@@ -33,7 +34,8 @@ static void guard(void)
         if (!guard_regions[i].log2_bytes) break;
         MPU[MPU_NUMBER] = i;
         MPU[MPU_BASE] = guard_regions[i].base;
-        MPU[MPU_SIZE] = 1u << 28 | guard_regions[i].access << 24 | (guard_regions[i].log2_bytes - 1) << 1 | 1;
+        uint32_t no_code = guard_regions[i].access != 6;
+        MPU[MPU_SIZE] = no_code << 28 | guard_regions[i].access << 24 | (guard_regions[i].log2_bytes - 1) << 1 | 1;
     }
     if (guard_regions[0].log2_bytes) MPU[MPU_CONTROL] = 5; /* on; what no region covers is as without it */
     __asm volatile("dsb\n isb");

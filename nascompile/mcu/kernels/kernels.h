@@ -14,6 +14,9 @@
  *   anywhere. NC_..._SCRATCH gives bytes. The stack takes less than 512 bytes a call.
  *   Where input and output may be the same memory, it is said; elsewhere they may not overlap.
  *
+ * SIZES: no kernel looks at them. What is said of them below keeps every sum within 32 bits whatever the bytes are;
+ *   program.py (`check`) refuses a program with others before anything is written.
+ *
  * COMPILING: C11 with GCC's assembly and statement expressions; on the target -O1 or more, since every register is used by name.
  *
  * PACKED WEIGHTS of one linear map (packing.py), a stream of words, for each pair of outputs (o, o+1):
@@ -62,7 +65,8 @@ typedef struct {
 } nc_linear_t;
 
 #define NC_LINEAR_SCRATCH(inputs) (8U * (((inputs) + 3U) & ~3U))
-/* residual: NULL or the rows to add; may be y itself. x and y may not overlap. inputs <= 65536. */
+/* residual: NULL or the rows to add; may be y itself. x and y may not overlap.
+ * inputs <= 32768: products of 127 * 255 each, and a bias of at most 2^30. The same holds for every linear map below. */
 void nc_linear(const nc_linear_t *op, const int8_t *x, uint32_t tokens, const int8_t *residual, int8_t *y, void *scratch);
 
 /* y = second(first(x)), four tokens at a time. first: packed as above, bias 0 or not, its results kept as 13 bits,
@@ -98,7 +102,7 @@ void nc_attention(const nc_attention_t *op, const int8_t *q, const int8_t *keys,
                   void *scratch);
 
 /* The parts of attention on their own, for a plan that keeps whole score matrices (other numbers than nc_attention's):
- * y[r][j] = requantize(sum_k x[r][k] (w[j][k] - w_zero)), x zero point 0.
+ * y[r][j] = requantize(sum_k x[r][k] (w[j][k] - w_zero)), x zero point 0, inputs <= 32768.
  * w: NC_KEYS with inputs channels and outputs tokens (of_values 0, x int8), or
  *    NC_VALUES with inputs tokens and outputs channels (of_values 1, x uint8: nc_softmax's). */
 typedef struct {
@@ -131,8 +135,9 @@ void nc_layer_norm(const nc_layer_norm_t *op, const int8_t *x, int8_t *y, uint32
 /* y_i = table[(uint8_t)x_i]: GELU or any other function of one value. y may be x. */
 void nc_lookup(const int8_t *table, const int8_t *x, int8_t *y, uint32_t count);
 
-/* y_i = sat8((a_i * a_multiplier + b_i * b_multiplier + constant) >> 20), multiplier = round(scale / y scale * 2^20), scale ratio < 4,
- * constant = (y zero << 20) - a zero * a_multiplier - b zero * b_multiplier + 2^19. y may be a or b. */
+/* y_i = sat8((a_i * a_multiplier + b_i * b_multiplier + constant) >> 20), multiplier = round(scale / y scale * 2^20),
+ * constant = (y zero << 20) - a zero * a_multiplier - b zero * b_multiplier + 2^19. y may be a or b.
+ * Scale ratios < 3.7: two differences of 255 and a zero point of 128 are then below 2^11, so that the sum fits. */
 typedef struct {
     int32_t a_multiplier, b_multiplier, constant;
 } nc_add_t;
@@ -169,7 +174,8 @@ void nc_patch_embed(const nc_patch_embed_t *op, uint32_t bands, nc_row_source so
 
 /* Convolution kernel x kernel, any stride, symmetric zero padding (the pad is the input's zero point, so it adds nothing):
  * linear over the window in (row, column, channel) order, rows out_height * out_width. linear: inputs = kernel^2 * channels, x_stride
- * unused, layout NC_ROWS, y_stride >= outputs. Pointwise convolution is nc_linear with tokens = height * width. */
+ * unused, layout NC_ROWS, y_stride >= outputs. pad < kernel, and at least one window. Pointwise convolution is nc_linear with tokens =
+ * height * width. */
 typedef struct {
     nc_linear_t linear;
     int32_t x_zero;
@@ -177,13 +183,14 @@ typedef struct {
     uint32_t kernel, stride, pad;
 } nc_conv_t;
 #define NC_CONV_OUT(size, kernel, stride, pad) (((size) + 2U * (pad) - (kernel)) / (stride) + 1U)
-/* scratch: NC_LINEAR_SCRATCH(kernel^2 * channels) + ceil4(kernel^2 * channels) bytes */
+/* scratch: NC_LINEAR_SCRATCH(kernel^2 * channels) + ceil8(kernel^2 * channels) bytes */
 #define NC_CONV_SCRATCH(inputs) (NC_LINEAR_SCRATCH(inputs) + (((inputs) + 7U) & ~7U))
 void nc_conv(const nc_conv_t *op, const int8_t *x, const int8_t *residual, int8_t *y, void *scratch);
 
 /* Depthwise convolution 3x3: sum = bias_c + sum over the window inside the image of w_c (x_c - x_zero), then requantize, then table.
  * weights: for each four channels (padded with zeros): int32 bias[4]; for each of the nine taps, row by row, bytes w of the four channels;
- * int32 M[4]. Words: ceil(channels / 4) * 17. The bias is the layer's own: nothing is folded into it. */
+ * int32 M[4]. Words: ceil(channels / 4) * 17. The bias is the layer's own: nothing is folded into it.
+ * pad < 3, and at least one window. */
 typedef struct {
     const uint32_t *weights;
     const int8_t *table; /* NULL or 256 entries as in nc_linear */
@@ -195,7 +202,8 @@ typedef struct {
 void nc_depthwise(const nc_depthwise_t *op, const int8_t *x, int8_t *y, void *scratch);
 
 /* Average of kernel x kernel windows without padding: y = sat8(zero_point + hi((sum - kernel^2 * x_zero) * 256, multiplier)),
- * multiplier = round(x scale / (kernel^2 * y scale) * 2^24). Over the whole image: nc_mean with rows = height * width. */
+ * multiplier = round(x scale / (kernel^2 * y scale) * 2^24), kernel^2 <= 16384. Over the whole image: nc_mean with rows = height * width.
+ */
 typedef struct {
     int32_t multiplier, x_zero, zero_point;
     uint32_t height, width, channels;

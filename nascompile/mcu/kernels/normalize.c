@@ -2,6 +2,8 @@
 #include "kernels.h"
 #include "port.h"
 
+NC_INLINE uint32_t weight_of(uintptr_t zero, int32_t x) { return *(const uint16_t *)(zero + 2 * (uintptr_t)x); }
+
 NC_OPERATOR void nc_softmax(const uint16_t *table, const int8_t *x, uint8_t *y, uint32_t rows, uint32_t width)
 {
     for (; rows > 0; rows--, x += width, y += width) {
@@ -12,14 +14,15 @@ NC_OPERATOR void nc_softmax(const uint16_t *table, const int8_t *x, uint8_t *y, 
         int32_t top = nc_signed_byte(nc_max8(best, best >> 8));
         for (; i < width; i++)
             top = x[i] > top ? x[i] : top;
-        const uint16_t *weights = table + (255 - top); /* weights[x] for x in [-128 .. top]: table + 127 at least */
+        /* where x = 0 would be: an address, since a pointer may not lie behind the table; for x in [-128 .. top] it is within */
+        const uintptr_t weights = (uintptr_t)table + 2 * (uint32_t)(255 - top);
 #pragma GCC unroll 4
         for (i = 0; i < width; i++)
-            total += weights[x[i]];
+            total += weight_of(weights, x[i]);
         uint32_t inverse = ((UINT32_C(1) << 31) + total / 2) / total;
 #pragma GCC unroll 4
         for (i = 0; i < width; i++) {
-            uint32_t p = (weights[x[i]] * inverse + (UINT32_C(1) << 22)) >> 23;
+            uint32_t p = (weight_of(weights, x[i]) * inverse + (UINT32_C(1) << 22)) >> 23;
             y[i] = (uint8_t)(p - (p >> 8)); /* 256 does not fit */
         }
     }
