@@ -157,7 +157,8 @@ def test_a_fresh_table_is_made_beside_a_stale_one_and_found_from_then_on(elsewhe
     for place in (Path("run"), Path("other")):
         pipeline.run(quick, place, until="profile", progress=told)
     assert told.notes.count("done before, nothing to do") == 2, "data and the profile of the first folder"
-    assert load(Path("other/table.json"), LatencyTable) == made
+    found = load(Path("other/table.json"), LatencyTable)
+    assert (found.rows, found.validation) == (made.rows, made.validation)
     assert not Path("run/profiling-fresh").exists()
 
 
