@@ -33,6 +33,11 @@ from nascompile.records import (
 LEVEL = 0.9
 FLOOR = 0.01
 """No interval is narrower than ± this fraction: the same engine timed twice differs by that much."""
+PACE, PACE_ERROR = "pace", 0.03
+"""In what is recorded of a table that a run uses: by what its times were multiplied, since the machine was slower or faster when the run
+began; and the half width of the 90 % interval, as a fraction, of what a few operators say of that, less than which is no other pace.
+(Networks that were brought to a table's pace by others differ by 0.9 to 2.8 % on average from what they were: `known` in
+docs/benchmarks.md.)"""
 _STEPS, _LEAST_TO_SPLIT = 40, 8
 """Of the grid on which an interval's two parts are looked for, and the fewest networks that tell them apart."""
 MERGED = "merged"
@@ -81,6 +86,25 @@ def predict(table: LatencyTable, graph: OperatorGraph) -> Interval:
     value = total(table, known, graph)
     half = half_width(table, value)
     return Interval(value=value, low=max(0.0, value - half), high=value + half, unit="ms", level=LEVEL)
+
+
+def is_another_pace(ratio: float) -> bool:
+    """Whether operators that take `ratio` times what a table says show more than how well a few of them can be timed."""
+    return abs(ratio - 1) > PACE_ERROR
+
+
+def at_pace(table: LatencyTable, ratio: float) -> LatencyTable:
+    """The table of a machine that takes `ratio` times as long as when it was timed; its interval is wider by what that may be off.
+
+    The table itself where that is no other pace.
+    """
+    if not is_another_pace(ratio):
+        return table
+    recorded = (*(pair for pair in table.environment.recorded if pair[0] != PACE), (PACE, round(ratio, 4)))
+    return msgspec.structs.replace(
+        table, environment=Environment(must_match=table.environment.must_match, recorded=recorded), scale=table.scale * ratio,
+        relative_error=math.hypot(table.relative_error, PACE_ERROR),
+    )  # fmt: skip
 
 
 def half_width(table: LatencyTable, value: float) -> float:

@@ -511,9 +511,10 @@ class Context:
         found = None
         if self.table_use != "fresh":
             found = latency_table.find(target, environment, operators, explicit, self.recipe.allow_foreign)
-        foreign = latency_table.differences(found.table.environment, environment) if found else ()
-        if found and not foreign and not self._still_holds(found, operators, space, backend, device):
-            found = None
+        foreign, pace = latency_table.differences(found.table.environment, environment) if found else (), 1.0
+        if found and not foreign:
+            pace = self._pace(found, operators, space, backend, device)
+            found = found if pace else None
         if self.table_use == "add-missing" and found is None:
             raise latency_table.nothing_to_add_to(target, environment, explicit)
         work = self._profiling_folder
@@ -528,7 +529,7 @@ class Context:
             return found.table
         if found and not found.missing:
             self.progress.note(f"using the latency table {found.path}")
-            return found.table
+            return latency_table.at_pace(found.table, pace)
         if found:
             self.progress.note(f"adding {len(found.missing)} of {len(operators)} operators to the rows of {found.path}")
         table = profiler.profile(
@@ -536,24 +537,24 @@ class Context:
             seconds=self.recipe.profile_seconds, existing=found.table if found else None,
         )  # fmt: skip
         self.progress.note(f"new latency table: {latency_table.store(table, explicit)}")
-        return table
+        return latency_table.at_pace(table, pace) if found else table
 
     @property
     def _profiling_folder(self) -> Path:
         """Where a profile keeps what it has timed until it is finished: a fresh one goes on with nothing that was timed before it."""
         return self.out / (FRESH if self.table_use == "fresh" else "profiling")
 
-    def _still_holds(
+    def _pace(
         self, found: latency_table.Found, operators: Sequence[Operator], space: SearchSpace, backend: Any, device: Any
-    ) -> bool:  # fmt: skip
-        """Whether rows that are timed now fit to those of the table, as far as layers of this space are among them.
+    ) -> float:  # fmt: skip
+        """What rows take now over what the table says, 1 where no layer of this space is among them.
 
-        TableError if they do not: whoever made the table decides what to do. One that came with the package was made by nobody here, and
-        is passed over with a note.
+        TableError if they do not fit: whoever made the table decides what to do. One that came with the package was made by nobody here,
+        and is passed over with a note: 0.
         """
         layers = {segment.kind for segment in self.family.segments(self.config) if segment.layer is not None}
         if not any(operator.kind in layers for operator in operators if operator not in found.missing):
-            return True
+            return 1.0
         try:
             work = self.out / "profiling"
             ratio = profiler.canary(found.table, self.family, self.config, space, backend, device, work, self.recipe.seed)
@@ -561,9 +562,13 @@ class Context:
             if not places.is_packaged(places.TABLES, found.path):
                 raise
             self.progress.note(f"a packaged latency table is passed over: {error.message}: {found.path}")
-            return False
-        self.progress.note(f"operators of {found.path} take {ratio:.2f} times what it says")
-        return True
+            return 0.0
+        self._say_pace(found, ratio)
+        return ratio
+
+    def _say_pace(self, found: latency_table.Found, ratio: float) -> None:
+        follows = ", so its times are multiplied by that" * latency_table.is_another_pace(ratio)
+        self.progress.note(f"operators take {ratio:.3f} times what {found.path} says{follows}")
 
     def _note_foreign(self, table: LatencyTable, environment: Environment) -> list[Path]:
         """Keeps what is foreign about the run's table, where something is."""
@@ -581,7 +586,9 @@ class Context:
         found = None if fresh else latency_table.find(target, there.environment, operators, explicit, self.recipe.allow_foreign)
         if found and not found.missing:
             if not latency_table.differences(found.table.environment, there.environment):
-                there.canary(found.table, self.family, self.config, space, self.out / "profiling", seed)
+                pace = there.canary(found.table, self.family, self.config, space, self.out / "profiling", seed)
+                self._say_pace(found, pace)
+                found = replace(found, table=latency_table.at_pace(found.table, pace))
             self.progress.note(f"using the latency table {found.path}")
             return found.table, there.environment
         if self.table_use == "add-missing":

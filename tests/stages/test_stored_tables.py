@@ -107,8 +107,32 @@ def test_a_packaged_table_of_another_speed_is_passed_over(
         made.unlink()
     told.notes.clear()
     pipeline.run(quick, Path("third"), until="profile", progress=told)
-    assert any("times what it says" in note for note in told.notes)
+    assert any(note.startswith("operators take ") for note in told.notes)
     assert any(note.startswith("using the latency table") for note in told.notes)
+
+
+def test_a_table_of_another_pace_is_brought_to_that_of_now(elsewhere: Path, folder: Path, quick: Recipe) -> None:
+    """In the run's own copy, and by as much as the note says; what is added is stored at the stored table's pace."""
+    table = load(folder / "run" / "table.json", LatencyTable)
+    rows = tuple(msgspec.structs.replace(row, latency=latency_table.rescaled(row.latency, 1 / 1.07)) for row in table.rows)
+    stored = latency_table.store(msgspec.structs.replace(table, rows=rows))
+    before, told = stored.read_bytes(), Told()
+    pipeline.run(quick, Path("again"), until="profile", progress=told)
+    made = load(Path("again/table.json"), LatencyTable)
+    ratio = made.scale / table.scale
+    assert ratio == pytest.approx(1.07, abs=0.02)
+    assert f"operators take {ratio:.3f} times what {stored} says, so its times are multiplied by that" in told.notes
+    assert (made.rows, made.relative_error > table.relative_error) == (rows, True)
+    assert dict(made.environment.recorded)["pace"] == pytest.approx(ratio, abs=1e-4)
+    assert stored.read_bytes() == before, "a table is never edited"
+
+    stored.unlink()
+    latency_table.store(msgspec.structs.replace(table, rows=rows[4:]))
+    pipeline.run(quick, Path("third"), until="profile", progress=told)
+    wider = load(Path("third/table.json"), LatencyTable)
+    [whole] = [t for t in (load(p, LatencyTable) for p in stored.parent.glob("*.json")) if len(t.rows) == len(rows)]
+    assert wider.scale / whole.scale == pytest.approx(1.07, abs=0.02)
+    assert (wider.rows, "pace" in dict(whole.environment.recorded)) == (whole.rows, False)
 
 
 def test_only_adding_refuses_where_there_is_nothing_to_add_to(elsewhere: Path, folder: Path, quick: Recipe) -> None:
