@@ -110,7 +110,7 @@ class Flag:
 
 FLAGS = {
     "Model and data": (
-        Flag("--model", "model", str, "Hugging Face id, local folder (safetensors), or an embedded model: demo, toy, mcu_vit.", "ID|FOLDER"),
+        Flag("--model", "model", str, "Hugging Face id, local folder (safetensors), or a model by name: demo, toy, mcu_vit.", "ID|FOLDER"),
         Flag("--new-head", "new_head", bool, "Train a new head although the model has one."),
         Flag("--data", "data.data", str, "CSV, TSV, JSONL or Parquet file, image folder, or `datasets` name or folder.", "SOURCE"),
         Flag("--validation", "data.validation", str, "Validation data; default: split off, seeded.", "SOURCE"),

@@ -288,7 +288,7 @@ def train(job: Job, progress: Progress) -> TrainingLog:
     """Train `job.net` in place and leave it with its best weights; continues from `job.folder` after a kill.
 
     Every random draw comes from (seed, epoch) or (seed, step), so a resumed run takes the steps an uninterrupted one would.
-    Several processes share each batch, and the first one writes. RecipeError if a batch has fewer samples than there are processes, or if what
+    Several processes share each batch, and the first one writes. RecipeError if a batch has fewer samples than there are processes, or what
     is no image is to be augmented.
     """
     from accelerate import Accelerator

@@ -31,7 +31,7 @@ def locate(source: str) -> Path:
 
 
 def is_description(source: str) -> bool:
-    """Whether it is a local folder with the configuration of a network for microcontrollers, and no weights: it is trained from random ones."""
+    """Whether it is a local folder that describes a network for microcontrollers, without weights: these are random then."""
     path = Path(source).expanduser() / "config.json"
     if not path.is_file() or any(path.parent.glob("*.safetensors")):
         return False
