@@ -72,7 +72,7 @@ def explain_search(out: Path, progress: Progress | None = None) -> Explanation:
         pricings = (context.pricing, *context.further_pricing)
         scored = fronts.scored(out / "journal.jsonl", front)
         found = explain.explain(
-            front.space, front, scored, lambda point: tuple(pricing(point)[0]["latency_ms"] for pricing in pricings), recipe.seed,
+            front.space, front, scored, lambda point: tuple(pricing.costs(point)["latency_ms"] for pricing in pricings), recipe.seed,
             context.progress,
         )  # fmt: skip
         save(found, path)
