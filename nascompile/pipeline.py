@@ -718,7 +718,8 @@ class Context:
         assert self.chip is not None
         found = []
         for job in jobs:
-            if too_large := program_runs.too_large(self.pricing.costs(job[3]), self.chip):
+            graph = network.graph(self.family, self.config, self.space, job[3], self.target)
+            if too_large := program_runs.too_large(self.chip.takes(graph), self.chip):
                 self.progress.note(f"{job[0]} is not built: {too_large}")
             else:
                 found.append(job)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import msgspec
@@ -105,6 +105,7 @@ def operators(family: Family, config: Any, space: SearchSpace, target: Target) -
     return tuple(found)
 
 
+@cache
 def refusal(operator: Operator) -> str:
     """Why no kernel takes an operator; empty if one does."""
     dims = dict(operator.dims)

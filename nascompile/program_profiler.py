@@ -42,7 +42,7 @@ NETWORKS = 12
 """Whole networks that give the interval."""
 DRAWN, FITTING = 2000, 60
 """Random candidates drawn at most, and those that fit among which the networks are picked evenly over instructions."""
-TOGETHER = 24
+TOGETHER = 64
 """Most blocks of one project."""
 CANARY_ROWS = 3
 """Rows that are counted again: a count that repeats needs no more."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from nascompile import plugins, programs, targets
 from nascompile.errors import UnsupportedError
 from nascompile.families import Family
-from nascompile.program_costs import Chip, is_program
+from nascompile.program_costs import Chip, Taken, is_program
 from nascompile.records import INT8, Target
 from nascompile.settings import Recipe
 
@@ -57,16 +57,18 @@ def check_family(family: Family, backend: Any) -> None:
         )
 
 
-def too_large(costs: Mapping[str, float], chip: Chip) -> str:
-    """Which memory of the device a network does not fit, and by how much; empty if it fits."""
-    names = {"memory_mb": "RAM", "size_mb": "flash"}
-    over = [limit for limit in chip.limits() if costs[limit.metric] > limit.bound]
-    return " and ".join(f"{round(1e6 * costs[b.metric]):,} bytes of {names[b.metric]}, of {round(1e6 * b.bound):,} there are" for b in over)
+
+def too_large(taken: Taken, chip: Chip) -> str:
+    """Why the device cannot hold a network; empty if it can."""
+    there = (("RAM", taken.ram, chip.board.ram_bytes), ("flash", taken.flash, chip.board.flash.size))
+    over = " and ".join(f"{used:,} bytes of {name}, {limit:,} there" for name, used, limit in there if used > limit)
+    return taken.refused or over
 
 
 def planned(recipe: Recipe) -> dict[str, str]:
     """Stage ▸ what it does for a microcontroller, where that is not what it does otherwise; empty for another device."""
-    named = [name for name in (recipe.backend, *targets.load_profile(recipe.device).backends) if name in plugins.names("backends")]
+    names = (recipe.backend, *targets.load_profile(recipe.device).backends)
+    named = [name for name in names if name in plugins.names("backends")]
     if not named or not is_program(plugins.get("backends", named[0])):
         return {}
     engines = recipe.measure.top_k

@@ -230,7 +230,7 @@ class Aim:
     def problem(self, space: SearchSpace) -> Problem:
         """What searchers are told."""
         bounded = any(budget.metric != "drop" for budget in self.budgets)
-        slow = any(pricing.chip for pricing in self.pricings) and not set(self.names) & set(LIMITS)
+        slow = any(getattr(pricing, "chip", None) for pricing in self.pricings) and not set(self.names) & set(LIMITS)
         return Problem(space, self.count, self._price, bounded, self._values if slow else None)
 
     def _price(self, point: Candidate) -> Price:
