@@ -182,6 +182,22 @@ class Grid:
         return found
 
 
+def weight_scales(weight: Array) -> Array:
+    """One an output; an output whose weights are all but zero gets that of a thousandth of the largest, so that its bias fits."""
+    largest = np.abs(weight).max(axis=1)
+    return np.asarray(np.maximum(largest, max(1e-3 * float(largest.max()), 1e-9)) / 127, np.float64)
+
+
+def stored(into: dict[str, np.ndarray[Any, Any]], name: str, weight: Array, bias: Array, x: Grid, y: Grid) -> dict[str, str]:
+    """Puts the integers of (outputs, inputs) weights into constants; the fields of `p.Linear` and `p.Depthwise` that name them."""
+    scales = weight_scales(weight)
+    names = {field: f"{name}.{field}" for field in ("weights", "bias", "multiplier")}
+    into[names["weights"]] = np.clip(np.rint(weight / scales[:, None]), -127, 127).astype(np.int8)
+    into[names["bias"]] = constants.bias_words(bias, x.scale, scales)
+    into[names["multiplier"]] = constants.requantizer(x.scale * scales / y.scale)
+    return names
+
+
 @dataclass
 class CalibratedNumbers:
     """Constants of parts from a network and its tensors' ranges; the `Numbers` of `transformer.build`."""
@@ -254,22 +270,16 @@ class CalibratedNumbers:
     def _linear(
         self, name: str, weight: Array, bias: Array, x: Grid, y: Grid, table: str = "", onto: Grid | None = None
     ) -> p.Linear:  # fmt: skip
-        scales = self._weight_scales(weight)
-        self.constants[f"{name}.weights"] = np.clip(np.rint(weight / scales[:, None]), -127, 127).astype(np.int8)
-        self.constants[f"{name}.bias"] = constants.bias_words(bias, x.scale, scales)
-        self.constants[f"{name}.multiplier"] = constants.requantizer(x.scale * scales / y.scale)
+        names = stored(self.constants, name, weight, bias, x, y)
         onto_multiplier = constants.residual(onto.scale, onto.zero, y.scale, y.zero).multiplier if onto else 0
         return p.Linear(
-            name=name, weights=f"{name}.weights", bias=f"{name}.bias", multiplier=f"{name}.multiplier", inputs=weight.shape[1],
-            outputs=weight.shape[0], x_zero=x.zero, zero_point=y.zero, table=table, residual_multiplier=onto_multiplier,
-            residual_zero=onto.zero if onto else 0,
+            name=name, **names, inputs=weight.shape[1], outputs=weight.shape[0], x_zero=x.zero, zero_point=y.zero, table=table,
+            residual_multiplier=onto_multiplier, residual_zero=onto.zero if onto else 0,
         )  # fmt: skip
 
     @staticmethod
     def _weight_scales(weight: Array) -> Array:
-        """One an output; an output whose weights are all but zero gets that of a thousandth of the largest, so that its bias fits."""
-        largest = np.abs(weight).max(axis=1)
-        return np.asarray(np.maximum(largest, max(1e-3 * float(largest.max()), 1e-9)) / 127, np.float64)
+        return weight_scales(weight)
 
     def _embedding(self) -> p.Linear:
         """Pixels are bytes less 128, normalization is in weights and bias."""
