@@ -52,6 +52,8 @@ class Network:
     mean: tuple[float, ...] = (0.0,)
     """Of pixels from 0 to 1, a channel each: what normalization takes off."""
     deviation: tuple[float, ...] = (1.0,)
+    pool: int = 1
+    """Samples are that much larger than the image of the shape, whose pixels are averages of pool × pool of theirs."""
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -59,7 +61,7 @@ class Network:
 
     def pixels(self) -> p.Pixels:
         """Normalized pixels become a camera's byte less 128."""
-        return p.Pixels(scale=tuple(255 * d for d in self.deviation), offset=tuple(255 * m - 128 for m in self.mean))
+        return p.Pixels(scale=tuple(255 * d for d in self.deviation), offset=tuple(255 * m - 128 for m in self.mean), pool=self.pool)
 
     def weight(self, name: str) -> Array:
         """Outputs × inputs of a map, multiplied out where it has factors."""
@@ -80,7 +82,7 @@ Ranges = dict[str, tuple[float, float]]
 
 
 def observe(network: Network, batches: Iterable[Array]) -> Ranges:
-    """Ranges over batches of normalized images (n, channels, height, width), of the tensors of every fusion."""
+    """Ranges over batches of normalized samples (n, channels, height, width), of the tensors of every fusion."""
     found: Ranges = {}
 
     def see(name: str, x: Array) -> None:
@@ -97,9 +99,11 @@ def observe(network: Network, batches: Iterable[Array]) -> Ranges:
 def forward(network: Network, images: Array, see: Callable[[str, Array], None] = lambda name, x: None) -> Array:
     """Logits (n, classes) in float; `see` is shown every tensor by its name in the programs.
 
-    After the last layer's attention there is the class token only, as in the program.
+    Samples are averaged down to the image first. Queries, and what follows the last layer's attention, are of the class token only there,
+    as in the program.
     """
     s, parameters = network.shape, network.parameters
+    images = p.averaged(images, network.pool)
 
     def product(name: str, x: Array) -> Array:
         bias = network.bias(name, 1)
@@ -126,8 +130,8 @@ def forward(network: Network, images: Array, see: Callable[[str, Array], None] =
         normalized = norm(f"{at}.norm1", x)
         see(f"{at}.normalized", normalized)
         heads = (n, -1, layer.heads, layer.head_width)
-        q, k, v = (product(f"{at}.{part}", normalized).reshape(heads).swapaxes(1, 2) for part in ("query", "key", "value"))
-        q = q[:, :, :rows]
+        q = product(f"{at}.query", normalized[:, :rows]).reshape(heads).swapaxes(1, 2)
+        k, v = (product(f"{at}.{part}", normalized).reshape(heads).swapaxes(1, 2) for part in ("key", "value"))
         see(f"{at}.q", q)
         for h in range(layer.heads):
             see(f"{at}.k{h}", k[:, h])
@@ -230,7 +234,8 @@ class CalibratedNumbers:
 
     # ------------------------------------------------------------------------------------------ maps
 
-    def map(self, name: str, inputs: int, outputs: int, *, gelu: bool = False, residual: bool = False) -> p.Map:
+    def map(self, name: str, inputs: int, outputs: int, *, gelu: bool = False, residual: bool = False, rank: int = 0) -> p.Map:
+        """Parameters say whether it is two factors, whatever the rank of the shape's layer."""
         if name == "embedding":
             return self._embedding()
         if name == "head":
@@ -306,7 +311,7 @@ class CalibratedNumbers:
 
     # ------------------------------------------------------------------------------------------ attention
 
-    def head(self, name: str, inputs: int, width: int) -> p.Head:
+    def head(self, name: str, inputs: int, width: int, rank: int = 0) -> p.Head:
         at, number = self._head(name)
         rows = slice(number * width, (number + 1) * width)
         x, q, mixed = (self.grid(f"{at}.{part}") for part in ("normalized", "q", "mixed"))

@@ -446,12 +446,23 @@ class Pixels(Record, frozen=True):
     name: str = "pixel_values"
     scale: tuple[float, ...] = (255.0,)
     offset: tuple[float, ...] = (-128.0,)
+    pool: int = 1
+    """Averaged over pool × pool before: on a device the camera delivers the smaller image."""
 
     def quantize(self, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """(n, channels, height, width) floats to (n, height, width, channels) int8."""
-        steps = x.transpose(0, 2, 3, 1) * np.asarray(self.scale) + np.asarray(self.offset)
+        """(n, channels, height, width) floats to (n, height / pool, width / pool, channels) int8."""
+        steps = averaged(x, self.pool).transpose(0, 2, 3, 1) * np.asarray(self.scale) + np.asarray(self.offset)
         found: np.ndarray[Any, Any] = np.clip(np.rint(steps), -128, 127).astype(np.int8)
         return found
+
+
+def averaged(x: np.ndarray[Any, Any], pool: int) -> np.ndarray[Any, Any]:
+    """Means over pool × pool of images (n, channels, height, width), which pool divides."""
+    if pool == 1:
+        return x
+    n, channels, height, width = x.shape
+    found: np.ndarray[Any, Any] = x.reshape(n, channels, height // pool, pool, width // pool, pool).mean((3, 5))
+    return found
 
 
 class Logits(Record, frozen=True):

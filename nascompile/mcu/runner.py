@@ -57,8 +57,9 @@ class McuRunner:
         return ((raw.astype(np.float64) - self._logits.zero_point) * self._logits.scale).astype(np.float32)
 
     def quantized(self, inputs: Mapping[str, Any]) -> npt.NDArray[np.int8]:
-        """(n, height, width, channels) int8."""
+        """(n, height, width, channels) int8: of samples as they are before pixels are averaged."""
         height, width, channels = self._image
+        height, width = height * self._pixels.pool, width * self._pixels.pool
         if set(inputs) != {self._pixels.name}:
             raise DataError(f"inputs are {', '.join(sorted(inputs)) or 'missing'}, the network takes {self._pixels.name}")
         x = np.asarray(inputs[self._pixels.name])

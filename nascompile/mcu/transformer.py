@@ -26,15 +26,20 @@ FUSIONS: tuple[Fusion, ...] = ("blocks", "all")
 
 
 class Layer(Record, frozen=True):
-    """Sizes of a layer: heads that were kept, channels of each, and of the MLP."""
+    """Sizes of a layer: heads that were kept, channels of each, and of the MLP; the rank of its maps (0: whole)."""
 
     heads: int
     head_width: int
     hidden: int
+    rank: int = 0
 
     @property
     def inner(self) -> int:
         return self.heads * self.head_width
+
+    def factors(self, inputs: int, outputs: int) -> int:
+        """The rank in which a map of the layer is two factors; 0 where they would be no smaller than the whole."""
+        return self.rank if self.rank * (inputs + outputs) < inputs * outputs else 0
 
 
 class Shape(Record, frozen=True):
@@ -70,7 +75,7 @@ class Shape(Record, frozen=True):
 
     @classmethod
     def of_graph(cls, graph: OperatorGraph, resolution: tuple[int, int]) -> Shape:
-        """From the operators of a `vit` candidate; UnsupportedError for another family's."""
+        """From the operators of a `vit` or `mcu_vit` candidate, whose own image goes before the resolution; UnsupportedError for others."""
         by_kind: dict[str, list[dict[str, int]]] = {}
         for node in graph.nodes:
             by_kind.setdefault(node.operator.kind, []).append(dict(node.operator.dims))
@@ -79,10 +84,11 @@ class Shape(Record, frozen=True):
             raise UnsupportedError(f"no microcontroller program for operators {kinds}", hint="vision transformers have one")
         [embedding], [head] = by_kind["embedding"], by_kind["head"]
         layers = tuple(
-            Layer(heads=a["heads"], head_width=a["head_dim"], hidden=m["width"])
+            Layer(heads=a["heads"], head_width=a["head_dim"], hidden=m["width"], rank=max(a.get("rank", 0), m.get("rank", 0)))
             for a, m in zip(by_kind["attention"], by_kind["mlp"], strict=True)
         )
-        image = (*resolution, embedding["channels"])
+        side = embedding.get("image", 0)
+        image = (*((side, side) if side else resolution), embedding["channels"])
         return cls(image=image, patch=embedding["patch"], width=embedding["hidden"], layers=layers, classes=head["labels"])
 
 
@@ -91,11 +97,13 @@ class Numbers(Protocol):
 
     constants: dict[str, np.ndarray[Any, Any]]
 
-    def map(self, name: str, inputs: int, outputs: int, *, gelu: bool = False, residual: bool = False) -> p.Map: ...
+    def map(self, name: str, inputs: int, outputs: int, *, gelu: bool = False, residual: bool = False, rank: int = 0) -> p.Map:
+        """Of two factors where there is a rank."""
 
     def norm(self, name: str, width: int) -> p.Norm: ...
 
-    def head(self, name: str, inputs: int, width: int) -> p.Head: ...
+    def head(self, name: str, inputs: int, width: int, rank: int = 0) -> p.Head:
+        """Keys and values of one head; their first factors are those of all heads of the layer."""
 
     def products(self, name: str, heads: int, *, scores: bool) -> tuple[p.Product, ...]: ...
 
@@ -158,22 +166,23 @@ def _embed(shape: Shape, numbers: Numbers, streamed: bool) -> p.Embed:
 def _fused_layer(b: _Building, at: str, shape: Shape, layer: Layer, rows: int, x: str, repeat_norm: bool) -> str:
     """Attention a head at a time over queries, MLP by tiles over the tokens."""
     n, d, inner = shape.tokens, shape.width, layer.inner
+    rank, mlp_rank = layer.factors(d, inner), layer.factors(d, layer.hidden)
     norm: p.Norm | None = b.numbers.norm(f"{at}.norm1", d)
     assert norm is not None
     source = x
     if not repeat_norm:
         source = b.add(f"{at}.norm1", p.Normalize(norm=norm, rows=n), (x,), f"{at}.normalized", (n, d))
         norm = None
-    queries = p.Dense(map=b.numbers.map(f"{at}.queries", d, inner), rows=rows, norm=norm)
+    queries = p.Dense(map=b.numbers.map(f"{at}.queries", d, inner, rank=rank), rows=rows, norm=norm)
     q = b.add(f"{at}.queries", queries, (source,), f"{at}.q", (rows, inner))
-    heads = tuple(b.numbers.head(f"{at}.head{h}", d, layer.head_width) for h in range(layer.heads))
+    heads = tuple(b.numbers.head(f"{at}.head{h}", d, layer.head_width, rank) for h in range(layer.heads))
     attend = p.Attend(heads=heads, width=layer.head_width, tokens=n, rows=rows, norm=norm)
     mixed = b.add(f"{at}.attention", attend, (source, q), f"{at}.mixed", (rows, inner))
-    project = p.Dense(map=b.numbers.map(f"{at}.projection", inner, d, residual=True), rows=rows)
+    project = p.Dense(map=b.numbers.map(f"{at}.projection", inner, d, residual=True, rank=rank), rows=rows)
     # where only the class token goes on, the residual is the first row of x
     x = b.add(f"{at}.projection", project, (mixed, x), f"{at}.attended", (rows, d))
-    up = b.numbers.map(f"{at}.up", d, layer.hidden, gelu=True)
-    down = b.numbers.map(f"{at}.down", layer.hidden, d, residual=True)
+    up = b.numbers.map(f"{at}.up", d, layer.hidden, gelu=True, rank=mlp_rank)
+    down = b.numbers.map(f"{at}.down", layer.hidden, d, residual=True, rank=mlp_rank)
     mlp = p.Mlp(norm=b.numbers.norm(f"{at}.norm2", d), up=up, down=down, rows=rows)
     return b.add(f"{at}.mlp", mlp, (x,), f"{at}.out", (rows, d))
 
@@ -182,9 +191,11 @@ def _plain_layer(b: _Building, at: str, shape: Shape, layer: Layer, rows: int, x
     """Every operator by itself."""
     n, d, heads, numbers = shape.tokens, shape.width, layer.heads, b.numbers
     width, inner, hidden = layer.head_width, layer.inner, layer.hidden
+    rank, mlp_rank = layer.factors(d, inner), layer.factors(d, hidden)
     source = b.add(f"{at}.norm1", p.Normalize(norm=numbers.norm(f"{at}.norm1", d), rows=n), (x,), f"{at}.normalized", (n, d))
-    q = b.add(f"{at}.queries", p.Dense(map=numbers.map(f"{at}.queries", d, inner), rows=rows), (source,), f"{at}.q", (rows, inner))
-    parts = [numbers.head(f"{at}.head{h}", d, width) for h in range(heads)]
+    queries = p.Dense(map=numbers.map(f"{at}.queries", d, inner, rank=rank), rows=rows)
+    q = b.add(f"{at}.queries", queries, (source,), f"{at}.q", (rows, inner))
+    parts = [numbers.head(f"{at}.head{h}", d, width, rank) for h in range(heads)]
     keys = p.Split(maps=tuple(h.keys for h in parts), rows=n, layout="keys")
     k = b.add(f"{at}.keys", keys, (source,), f"{at}.k", (heads, n, width), heads * keys.head_bytes)
     values = p.Split(maps=tuple(h.values for h in parts), rows=n, layout="values")
@@ -195,13 +206,14 @@ def _plain_layer(b: _Building, at: str, shape: Shape, layer: Layer, rows: int, x
     e = b.add(f"{at}.softmax", softmax, (s,), f"{at}.e", (heads, rows, n))
     mix = p.Mix(products=numbers.products(f"{at}.mix", heads, scores=False), rows=rows, tokens=n, width=width)
     mixed = b.add(f"{at}.mix", mix, (e, v), f"{at}.mixed", (rows, inner))
-    projected = b.add(f"{at}.projection", p.Dense(map=numbers.map(f"{at}.projection", inner, d), rows=rows), (mixed,), f"{at}.o", (rows, d))
+    project = p.Dense(map=numbers.map(f"{at}.projection", inner, d, rank=rank), rows=rows)
+    projected = b.add(f"{at}.projection", project, (mixed,), f"{at}.o", (rows, d))
     x = b.add(f"{at}.add1", numbers.add(f"{at}.add1", rows * d), (projected, x), f"{at}.attended", (rows, d))
     source = b.add(f"{at}.norm2", p.Normalize(norm=numbers.norm(f"{at}.norm2", d), rows=rows), (x,), f"{at}.normalized2", (rows, d))
-    up = b.add(f"{at}.up", p.Dense(map=numbers.map(f"{at}.up", d, hidden), rows=rows), (source,), f"{at}.h", (rows, hidden))
+    up = b.add(f"{at}.up", p.Dense(map=numbers.map(f"{at}.up", d, hidden, rank=mlp_rank), rows=rows), (source,), f"{at}.h", (rows, hidden))
     lookup = p.Lookup(table=numbers.table(f"{at}.gelu", "gelu"), count=rows * hidden)
     g = b.add(f"{at}.gelu", lookup, (up,), f"{at}.g", (rows, hidden))
-    down = b.add(f"{at}.down", p.Dense(map=numbers.map(f"{at}.down", hidden, d), rows=rows), (g,), f"{at}.m", (rows, d))
+    down = b.add(f"{at}.down", p.Dense(map=numbers.map(f"{at}.down", hidden, d, rank=mlp_rank), rows=rows), (g,), f"{at}.m", (rows, d))
     return b.add(f"{at}.add2", numbers.add(f"{at}.add2", rows * d), (down, x), f"{at}.out", (rows, d))
 
 
@@ -211,7 +223,16 @@ class SizesOnly:
     def __init__(self) -> None:
         self.constants: dict[str, np.ndarray[Any, Any]] = {}
 
-    def map(self, name: str, inputs: int, outputs: int, *, gelu: bool = False, residual: bool = False) -> p.Map:
+    def map(self, name: str, inputs: int, outputs: int, *, gelu: bool = False, residual: bool = False, rank: int = 0) -> p.Map:
+        return self._map(name, inputs, outputs, gelu, residual, rank, f"{name}.first")
+
+    def _map(self, name: str, inputs: int, outputs: int, gelu: bool, residual: bool, rank: int, first: str) -> p.Map:
+        if rank:
+            second = self._linear(f"{name}.second", rank, outputs, gelu, residual)
+            return p.LowRank(name=name, first=self._linear(first, inputs, rank), second=second)
+        return self._linear(name, inputs, outputs, gelu, residual)
+
+    def _linear(self, name: str, inputs: int, outputs: int, gelu: bool = False, residual: bool = False) -> p.Linear:
         return p.Linear(
             name=name, weights="", bias="", multiplier="", inputs=inputs, outputs=outputs, table=f"{name}.gelu" if gelu else "",
             residual_multiplier=int(residual),
@@ -220,8 +241,10 @@ class SizesOnly:
     def norm(self, name: str, width: int) -> p.Norm:
         return p.Norm(name=name, affine=f"{name}.affine", epsilon=0, width=width)
 
-    def head(self, name: str, inputs: int, width: int) -> p.Head:
-        keys, values = self.map(f"{name}.keys", inputs, width), self.map(f"{name}.values", inputs, width)
+    def head(self, name: str, inputs: int, width: int, rank: int = 0) -> p.Head:
+        keys, values = (
+            self._map(f"{name}.{part}", inputs, width, False, False, rank, first_of(name, part)) for part in ("keys", "values")
+        )
         return p.Head(name=name, keys=keys, values=values, score_multiplier=0, ratio=0, value_zero=0, zero_point=0)
 
     def products(self, name: str, heads: int, *, scores: bool) -> tuple[p.Product, ...]:
@@ -243,20 +266,22 @@ class SizesOnly:
 class RandomNumbers:
     """Weights and constants drawn from a seed, scaled so that activations fill int8 without saturating: to count with, not to classify."""
 
-    def __init__(self, seed: int, rank_ratio: float = 0.0) -> None:
+    def __init__(self, seed: int) -> None:
         self.constants: dict[str, np.ndarray[Any, Any]] = {}
         self._rng = np.random.default_rng(seed)
-        self._rank_ratio = rank_ratio
+        self._first: dict[str, p.Linear] = {}
 
-    def map(self, name: str, inputs: int, outputs: int, *, gelu: bool = False, residual: bool = False) -> p.Map:
-        whole = name in ("embedding", "head") or not self._rank_ratio
+    def map(self, name: str, inputs: int, outputs: int, *, gelu: bool = False, residual: bool = False, rank: int = 0) -> p.Map:
         table = self.table(f"{name}.gelu", "gelu") if gelu else ""
-        if whole:
+        return self._map(name, inputs, outputs, table, residual, rank, f"{name}.first")
+
+    def _map(self, name: str, inputs: int, outputs: int, table: str, residual: bool, rank: int, first: str) -> p.Map:
+        if not rank:
             return self._linear(name, inputs, outputs, table, residual)
-        rank = max(2, int(self._rank_ratio * min(inputs, outputs)))
-        first = self._linear(f"{name}.first", inputs, rank, "", False, spread=1200)
+        if first not in self._first:
+            self._first[first] = self._linear(first, inputs, rank, "", False, spread=1200)
         second = self._linear(f"{name}.second", rank, outputs, table, residual, input_spread=1200)
-        return p.LowRank(name=name, first=first, second=second)
+        return p.LowRank(name=name, first=self._first[first], second=second)
 
     def _linear(
         self, name: str, inputs: int, outputs: int, table: str, residual: bool, spread: float = 30.0, input_spread: float = 40.0
@@ -280,8 +305,8 @@ class RandomNumbers:
         self.constants[f"{name}.affine"] = np.stack([gain, shift], 1).ravel().astype(np.int32)
         return p.Norm(name=name, affine=f"{name}.affine", epsilon=width * width // 100, width=width)
 
-    def head(self, name: str, inputs: int, width: int) -> p.Head:
-        keys, values = self.map(f"{name}.keys", inputs, width), self.map(f"{name}.values", inputs, width)
+    def head(self, name: str, inputs: int, width: int, rank: int = 0) -> p.Head:
+        keys, values = (self._map(f"{name}.{part}", inputs, width, "", False, rank, first_of(name, part)) for part in ("keys", "values"))
         # scores of deviation 2 from products of two inputs of deviation 30
         return p.Head(
             name=name, keys=keys, values=values, score_multiplier=round(2 * 64 * 2**32 / (900 * width**0.5)), ratio=round(2.0 * 2**28),
@@ -311,6 +336,11 @@ class RandomNumbers:
 
     def scale(self, name: str) -> tuple[float, int]:
         return 1.0, 0
+
+
+def first_of(head: str, part: str) -> str:
+    """The first factor of all keys, or values, of a layer: `layers.0.key.first` of `layers.0.head2` and `keys`."""
+    return f"{head.rpartition('.')[0]}.{part.removesuffix('s')}.first"
 
 
 def fitting(make: Callable[[Fusion], p.Program], board: Board) -> tuple[p.Program, project.Planned]:

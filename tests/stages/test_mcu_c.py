@@ -66,6 +66,11 @@ def board_of(name: str) -> boards.Board:
     return boards.of_settings(target.device, dict(target.session))
 
 
+def of_rank(rank: int) -> transformer.Shape:
+    """`ODD` with maps in two factors; whole ones of rank 0."""
+    return msgspec.structs.replace(ODD, layers=tuple(msgspec.structs.replace(layer, rank=rank) for layer in ODD.layers))
+
+
 def images(shape: transformer.Shape, n: int) -> np.ndarray:
     return np.random.default_rng(7).integers(-128, 128, (n, *shape.image)).astype(np.int8)
 
@@ -73,16 +78,19 @@ def images(shape: transformer.Shape, n: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("fusion", "rank", "device", "options"),
     [
-        ("none", 0.0, "stm32f746", {"overlay": False}),
-        ("none", 0.0, "stm32f746", {}),
-        ("blocks", 0.0, "stm32f746", {}),
-        ("blocks", 0.6, "stm32f427", {"smallest": True}),
-        ("all", 0.6, "stm32h743", {"smallest": True}),
+        ("none", 0, "stm32f746", {"overlay": False}),
+        ("none", 0, "stm32f746", {}),
+        ("blocks", 0, "stm32f746", {}),
+        ("blocks", 7, "stm32f427", {"smallest": True}),
+        ("all", 7, "stm32h743", {"smallest": True}),
+        ("none", 7, "stm32h743", {}),
     ],
 )
 def test_host_qemu_and_interpreter_give_the_same_bytes(tmp_path, written, fusion, rank, device, options):
     board, x = board_of(device), images(ODD, 3)
-    program = transformer.build("odd", ODD, transformer.RandomNumbers(1, rank), fusion)
+    program = transformer.build("odd", of_rank(rank), transformer.RandomNumbers(1), fusion)
+    sizes = transformer.build("odd", of_rank(rank), transformer.SizesOnly(), fusion).structure
+    assert project.place(sizes, board, **options).footprint == project.place(program.structure, board, **options).footprint
     planned = written(program, board, **options)
     assert plan_check.faults(demand(program.structure), planned.plan) == []
     toolchain.make(tmp_path, "firmware.elf", "firmware_host")
@@ -303,7 +311,7 @@ def test_a_network_too_large_says_where_and_by_how_much(mcu_tools):
 
 
 def test_the_host_build_is_clean_under_sanitizers(tmp_path, written):
-    program = transformer.build("odd", ODD, transformer.RandomNumbers(1, 0.6), "all")
+    program = transformer.build("odd", of_rank(7), transformer.RandomNumbers(1), "all")
     written(program, board_of("stm32f746"))
     toolchain.make(tmp_path, "firmware_host", "SANITIZE=-fsanitize=address,undefined -fno-sanitize-recover=all -g")
     found = toolchain.run_host(tmp_path, images(ODD, 2))
