@@ -341,12 +341,20 @@ class _Building:
         weight, bias = (self.parameters[f"{name}.{kind}"] for kind in ("weight", "bias"))
         weight = weight.reshape(len(weight), -1)
         if stage.kind == "depthwise":
-            window |= stored(self.constants, name, weight, bias, x, y)
+            window |= self.put(name, weight, bias, x, y)
             return p.Depthwise(name=name, x_zero=x.zero, zero_point=y.zero, **window)
         linear = self.linear(name, weight, bias, x, y)
         return p.Dense(map=linear, rows=height * width) if stage.pointwise else p.Conv(linear=linear, **window)
 
     def linear(self, name: str, weight: Array, bias: Array, x: Grid, y: Grid) -> p.Linear:
-        names: dict[str, Any] = dict(stored(self.constants, name, weight, bias, x, y))
+        names: dict[str, Any] = dict(self.put(name, weight, bias, x, y))
         outputs, inputs = weight.shape
         return p.Linear(name=name, inputs=inputs, outputs=outputs, x_zero=x.zero, zero_point=y.zero, **names)
+
+    def put(self, name: str, weight: Array, bias: Array, x: Grid, y: Grid) -> dict[str, str]:
+        """Puts the integers of (outputs, inputs) weights into the constants; the fields that name them."""
+        names = {field: f"{name}.{field}" for field in ("weights", "bias", "multiplier")}
+        self.constants[names["weights"]], scales = stored(weight)
+        self.constants[names["bias"]] = constants.bias_words(bias, x.scale, scales)
+        self.constants[names["multiplier"]] = constants.requantizer(x.scale * scales / y.scale)
+        return names

@@ -1,0 +1,235 @@
+"""The benchmark of microcontrollers on networks that are tiny: its figures, what it compares, what it keeps, what it says is missing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from nascompile import data, plugins, records
+from nascompile.data import DataSettings
+from nascompile.mcu import calibrated, convolutional, interpreter, transformer
+from nascompile.preprocess import Preprocessing, Preprocessor
+from nascompile.records import Choice
+
+torch.set_num_threads(1)
+
+BENCHMARKS = Path(__file__).parents[2] / "tools" / "benchmarks"
+SIDE, CLASSES = 16, 3
+
+
+@pytest.fixture(scope="module")
+def bench():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        import mcu
+        import mcu_rivals
+        from microcontroller import kernels, networks, peer, plans, projects
+
+        found = {
+            "main": mcu, "rivals": mcu_rivals, "kernels": kernels, "networks": networks, "peer": peer, "plans": plans, "projects": projects
+        }
+        yield SimpleNamespace(**found)
+
+
+def test_kernels_are_counted_and_their_bars_are_said(bench, mcu_tools):
+    wanted = [row for row in bench.kernels.rows() if row[0] in ("gelu_32x192", "mean_64x96")]
+    gelu, mean = bench.kernels.measure("cortex-m7", wanted)
+    assert gelu["instructions"] == round(gelu["instructions_per_element"] * 32 * 192) > 32 * 192 / 4
+    assert (gelu["bar"], gelu["reached"], mean["reached"]) == (4, True, None)
+    assert bench.kernels.figures([gelu, mean | {"core": "cortex-m4"}]) == {
+        "gelu_32x192_insn_per_element": gelu["instructions_per_element"]
+    }  # fmt: skip
+    wrong = [(*wanted[0][:1], SimpleNamespace(**(vars(wanted[0][1]) | {"expected": np.zeros(32 * 192, np.int8)})), *wanted[0][2:])]
+    wrong[0][1].encoded = wanted[0][1].encoded
+    with pytest.raises(SystemExit, match="gelu_32x192 on cortex-m7 gives other bytes"):
+        bench.kernels.measure("cortex-m7", wrong)
+
+
+@pytest.fixture(scope="module")
+def planned(bench, mcu_tools):
+    shape = transformer.Shape.uniform((96, 96, 1), 8, 24, 2, 2, 40, 5)
+    return bench.plans.measure(1, shape, "m7_64k", ("stm32f746",))
+
+
+def test_plans_are_built_where_they_fit(planned):
+    by_name = {row["plan"]: row for row in planned}
+    naive, in_place, fused = (by_name[name] for name in ("naive", "in place", "fused"))
+    assert naive["arena_bytes"] > in_place["arena_bytes"] > fused["arena_bytes"]
+    assert (naive["fits"], naive["device"], fused["fits"], fused["device"]) == (False, "stm32f746", True, "m7_64k")
+    assert "m7_64k: the arena does not fit" in naive["refused"]
+    assert fused["ram_bytes"] < 65536 < naive["ram_bytes"]
+    assert by_name["fused, largest tiles that fit"]["instructions"] <= fused["instructions"]
+    for row in planned:
+        assert row["images_equal_in_qemu_host_interpreter"] == row["outputs_distinct"] == 2
+        assert row["instructions_least"] <= row["instructions"] <= row["instructions_most"]
+        assert row["modelled_ms"] == pytest.approx(row["instructions"] * 0.925 / 216e3, rel=1e-4)
+        assert sum(op["macs"] for op in row["operators"]) == row["macs"]
+    assert {op["operator"] for op in fused["operators"]} >= {"embedding", "layers.attention", "layers.attention.keys", "layers.mlp.up", "head"}
+
+
+def test_bytes_that_differ_are_seen(bench, mcu_tools, tmp_path, monkeypatch):
+    net = convolutional.untrained(bench_shape(), 1)
+    x = np.random.default_rng(0).normal(0, 1, (4, 1, 9, 9))
+    program = convolutional.lower(net, convolutional.observe(net, [x]), x[0])
+    made = bench.projects.build(program, bench.projects.board_of("m7_64k"), tmp_path)
+    images = program.structure.pixels.quantize(x)
+    outputs, facts = bench.projects.compared(made, images, 4, 1)
+    want = np.stack([interpreter.run(program, image) for image in images])
+    np.testing.assert_array_equal(bench.projects.scores(made, outputs), want)
+    assert facts["ram_bytes"] < facts["ram_bytes_of_device"] == 65536
+    right = interpreter.run
+    monkeypatch.setattr(interpreter, "run", lambda program, image: right(program, image) + (image == images[2]).all())
+    with pytest.raises(SystemExit, match="other bytes on this computer than in the NumPy interpreter: image 2"):
+        bench.projects.compared(made, images, 4, 1)
+
+
+def bench_shape() -> convolutional.Shape:
+    stages = (convolutional.Stage(kind="conv", channels=5, pad=1, relu=True), convolutional.Stage(kind="depthwise", channels=5, stride=2))
+    return convolutional.Shape(image=(9, 9, 1), stages=stages, classes=CLASSES)
+
+
+# ---------------------------------------------------------------------------------------------- trained networks
+
+
+def drawn(n: int, seed: int) -> tuple[list[np.ndarray], list[str]]:
+    """Images of bars that lie, stand or cross, with noise."""
+    rng = np.random.default_rng(seed)
+    labels, images = rng.integers(0, CLASSES, n), rng.integers(0, 90, (n, SIDE, SIDE)).astype(np.uint8)
+    for image, label, at in zip(images, labels, rng.integers(2, SIDE - 3, n), strict=True):
+        if label != 1:
+            image[at : at + 2] += 120
+        if label != 0:
+            image[:, at : at + 2] += 120
+    return list(images), [f"kind{label}" for label in labels]
+
+
+@pytest.fixture(scope="module")
+def runs(bench, tmp_path_factory):
+    """A folder as --runs has it: data of a finished run, and two trained rivals."""
+    folder = tmp_path_factory.mktemp("runs")
+    settings = Preprocessing(
+        modality="image", inputs=("pixel_values",), channels=1, resize=(SIDE, SIDE), mean=(0.3,), std=(0.25,)
+    )  # fmt: skip
+    sources = {
+        name: [{"image": image, "label": label} for image, label in zip(*drawn(n, seed), strict=True)]
+        for seed, (name, n) in enumerate((("train", 600), ("calibration", 40), ("validation", 120), ("test", 150)))
+    }
+    run = folder / "searched-64k"
+    data.prepare(DataSettings(), Preprocessor(settings, {}), plugins.get("tasks", "classification"), run / "data", sources=sources)
+    records.save(Choice(engine="candidate-1", reason="", budgets=(), ranking=("candidate-1",)), run / "choice.json")
+    with pytest.MonkeyPatch.context() as patch:
+        small = {
+            "hand-64k": bench.rivals.Rival("vit", 3e-3, {"patch": 4, "width": 16, "depth": 2, "heads": 2, "hidden": 24}),
+            "cnn-64k": bench.rivals.Rival("cnn", 1e-2, {"stem": 6, "blocks": [[10, 2], [12, 2]]}),
+        }
+        patch.setattr(bench.rivals, "RIVALS", small)
+        bench.rivals.main(["--data", str(run / "data"), "--out", str(folder), "--only", *small, "--epochs", "8"])
+        yield folder
+
+
+def test_a_rival_is_trained_once_and_is_what_it_was(bench, runs, capsys):
+    bench.rivals.main(["--data", str(runs / "searched-64k" / "data"), "--out", str(runs), "--only", "cnn-64k", "--epochs", "8"])
+    assert "cnn-64k: there already" in capsys.readouterr().out
+    facts = bench.rivals.facts(runs / "cnn-64k.safetensors")
+    assert facts["validation_accuracy"] > 80
+    assert facts["settings"]["epochs"] == 8
+    samples = bench.rivals.Samples.of_run(runs / "searched-64k" / "data")
+    for name in ("cnn-64k", "hand-64k"):
+        rival = bench.rivals.RIVALS[name]
+        path = runs / f"{name}.safetensors"
+        own, module = bench.rivals.network(rival, path, (SIDE, SIDE, 1), CLASSES, samples.mean, samples.deviation)
+        pixels = samples.validation[0][:20]
+        x = (pixels / 255 - np.reshape(samples.mean, (-1, 1, 1))) / np.reshape(samples.deviation, (-1, 1, 1))
+        forward = convolutional.forward if name.startswith("cnn") else calibrated.forward
+        with torch.no_grad():
+            want = module(torch.from_numpy(x).float()).numpy()
+        np.testing.assert_allclose(forward(own, x), want, atol=1e-3)
+
+
+def test_augmented_images_are_mirrored_and_moved(bench):
+    torch.manual_seed(0)
+    image = torch.arange(1.0, 17).reshape(1, 1, 4, 4).repeat(64, 2, 1, 1)
+    found = bench.rivals.augment(image, 1)
+    padded = torch.nn.functional.pad(image[0, 0], (1, 1, 1, 1))
+    windows = [padded[i : i + 4, j : j + 4] for i in range(3) for j in range(3)]
+    every = {tuple(w.flatten().tolist()) for window in windows for w in (window, window.flip(1))}
+    seen = {tuple(one[0].flatten().tolist()) for one in found}
+    assert seen <= every
+    assert len(seen) > 12
+    assert torch.equal(found[:, 0], found[:, 1]), "channels go together"
+
+
+@pytest.fixture(scope="module")
+def printed(bench, runs, mcu_tools, tmp_path_factory):
+    """(arguments, what was printed): the fashion cell on the tiny networks, with no searched network in the run."""
+    import contextlib
+    import io
+
+    arguments = ["--cells", "fashion-64k", "--runs", str(runs), "--images", "30", "--jobs", "1", "--cache", str(tmp_path_factory.mktemp("c"))]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(bench.networks, "KINDS", ("hand", "cnn"))
+        bench.main.main([*arguments, "--json"])
+    return arguments, json.loads(out.getvalue())
+
+
+def test_rivals_are_built_compared_and_scored(printed):
+    rows = {row["network"]: row for row in printed[1]["cells"]["fashion-64k"]["rows"]}
+    assert set(rows) == {"hand", "cnn"}
+    for row in rows.values():
+        assert row["images_equal_in_qemu_host_interpreter"] == 30
+        assert row["test_images"] == 150
+        assert row["accuracy_fp32"] > 70
+        assert abs(row["accuracy_engine"] - row["accuracy_fp32"]) < 5
+        assert row["device"] == "m7_64k"
+        assert row["ram_bytes"] < 65536
+        assert row["flash_bytes"] < 262144
+        assert row["calibration"].endswith("% of values")
+    assert rows["cnn"]["sizes"] == "stem 6, blocks [[10, 2], [12, 2]]"
+
+
+def test_every_figure_says_what_it_is(bench, printed):
+    labels = printed[1]["labels"]
+    assert labels["instructions"] == labels["figures"] == "exact instructions in QEMU"
+    assert labels["modelled_cycles"].startswith("modelled cycles")
+    for row in printed[1]["cells"]["fashion-64k"]["rows"]:
+        measured = {name for name in row if name.startswith(("instructions", "modelled", "accuracy")) or name.endswith("bytes")}
+        assert measured <= set(labels)
+
+
+def test_what_is_kept_is_not_measured_again(bench, printed, monkeypatch, capsys):
+    def again(*given, **named):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(bench.networks, "KINDS", ("hand", "cnn"))
+    monkeypatch.setattr(bench.networks, "measure", again)
+    bench.main.main([*printed[0], "--json"])
+    assert json.loads(capsys.readouterr().out) == printed[1]
+    bench.main.main(printed[0])
+    said = capsys.readouterr().out
+    assert "bytes equal in QEMU, on this computer and in NumPy: 30 images" in said
+    assert "modelled cycles: 0.925 cycles per instruction" in said
+    with pytest.raises(AssertionError, match="measured again"):
+        bench.main.main([*printed[0], "--images", "31"])
+
+
+def test_what_is_missing_is_said(bench, mcu_tools, tmp_path, capsys, monkeypatch):
+    cache = ["--cache", str(tmp_path / "c")]
+    bench.main.main(["--cells", "fashion-320k", *cache])
+    assert "not here: networks for 320k: --runs names the folder that has them" in capsys.readouterr().out
+    bench.main.main(["--cells", "fashion-320k", "--runs", str(tmp_path), *cache])
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/searched-320k: `nascompile run --model mcu_vit --device stm32f746" in said
+    assert f"{tmp_path}/cnn-320k.safetensors: python tools/benchmarks/mcu_rivals.py" in said
+    failed = subprocess.CompletedProcess([], 1, "", "no index can be reached")
+    monkeypatch.setattr(bench.peer.subprocess, "run", lambda *given, **named: failed)
+    monkeypatch.setattr(bench.main, "_code", lambda: "")
+    monkeypatch.setattr(bench.main.toolchain, "version", lambda name: name)
+    bench.main.main(["--cells", "tvm", "--json", *cache])
+    [reason] = json.loads(capsys.readouterr().out)["cells"]["tvm"]["missing"]
+    assert reason == "apache-tvm==0.27.0.post1 does not install: no index can be reached"
