@@ -110,7 +110,7 @@ class Flag:
 
 FLAGS = {
     "Model and data": (
-        Flag("--model", "model", str, "Hugging Face id, local folder (safetensors), or an embedded model: demo, toy.", "ID|FOLDER"),
+        Flag("--model", "model", str, "Hugging Face id, local folder (safetensors), or a model by name: demo, toy, mcu_vit.", "ID|FOLDER"),
         Flag("--new-head", "new_head", bool, "Train a new head although the model has one."),
         Flag("--data", "data.data", str, "CSV, TSV, JSONL or Parquet file, image folder, or `datasets` name or folder.", "SOURCE"),
         Flag("--validation", "data.validation", str, "Validation data; default: split off, seeded.", "SOURCE"),
@@ -397,9 +397,9 @@ def _defaults(given: Mapping[str, Any]) -> Recipe:
     from nascompile import settings
 
     model = given.get("model", settings.TOY if given.get("device") == "fake" else settings.DEMO)
-    embedded = {settings.DEMO: settings.demo_recipe, settings.TOY: settings.toy_recipe}
+    embedded = {settings.DEMO: settings.demo_recipe, settings.TOY: settings.toy_recipe, settings.MCU_VIT: settings.mcu_vit_recipe}
     recipe = embedded[model]() if model in embedded else settings.Recipe(model=model)
-    if "data.data" in given:
+    if "data.data" in given and model != settings.MCU_VIT:  # whose settings are for any data
         recipe = settings.Recipe(model=model)
     if any(setting.startswith("budgets.") for setting in given):
         recipe = msgspec.structs.replace(recipe, budgets=settings.Budgets())

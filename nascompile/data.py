@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from nascompile import data_sources, records
+from nascompile import data_sources, preprocess, records
 from nascompile.data_sources import Columns, Samples
 from nascompile.errors import DataError, RecordError
 from nascompile.preprocess import Arrays, Preprocessor
@@ -45,6 +45,8 @@ CLAIMS = ("test", "validation", "calibration", "train")
 MANIFEST, ACCESS, CHOICE = "data.json", "access.jsonl", "choice.json"
 CHUNK = 256
 REGRESSION_STRATA = 10
+LOOKED_AT = 16
+"""Images whose size decides that of a network made for them."""
 
 
 class DataSettings(Record, frozen=True):
@@ -224,6 +226,19 @@ def prepare(
 def load_manifest(folder: Path) -> DataManifest:
     """`data.json` of a data folder; RecordError if the data has not been prepared."""
     return records.load(folder / MANIFEST, DataManifest)
+
+
+def image_shape(settings: DataSettings, sources: Mapping[str, Any] | None = None) -> tuple[int, int, int]:
+    """Height, width and channels that hold the first images of train: what a network that is made for them has to take."""
+    columns = Columns(settings.text_columns, settings.image_column, settings.label_column)
+    source = (sources or {}).get("train", settings.data)
+    if source is None or (isinstance(source, str) and not source):
+        raise DataError("no training data: none was named", hint="give --data FILE, a folder, or a data set's name")
+    given = data_sources.read(source, "image", columns)
+    inputs = (given.get("train") or next(iter(given.values()))).inputs
+    shapes = [preprocess.image_shape(inputs[i]) for i in range(min(LOOKED_AT, len(inputs)))]
+    height, width, channels = (max(sizes) for sizes in zip(*shapes, strict=True))
+    return height, width, channels
 
 
 @dataclass(frozen=True, eq=False)

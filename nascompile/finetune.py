@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from nascompile import plugins, space as spaces
+from nascompile.augmentation import vary
 from nascompile.checkpoint import Average, State
 from nascompile.data import Split, class_weights
 from nascompile.errors import RecipeError, RecordError
@@ -29,6 +30,7 @@ from nascompile.recipes import Recipe, StepBatch, Terms
 from nascompile.records import Record, SearchSpace, digest, encode, load, save, write_atomic
 from nascompile.settings import FinetuneSettings
 from nascompile.supernet import (
+    Batch,
     Supernet,
     by_length,
     importance,
@@ -46,6 +48,8 @@ BUCKET = 32
 IMPORTANCE_SAMPLES = 512
 ORDER_SAMPLES = 512
 EARLY_STOPPING_SAMPLES = 1024
+RESIDENT_BYTES = 8 << 30
+"""Most that training images take of an accelerator's memory."""
 RANGE_SAMPLES = 256
 """Of training, for the ranges that quantization-aware training starts with."""
 
@@ -116,6 +120,36 @@ class Plan:
     team: Team = ALONE
 
 
+@dataclass(frozen=True)
+class Resident:
+    """Training images kept as bytes on an accelerator, so that no step waits for them."""
+
+    name: str
+    pixels: torch.Tensor
+    labels: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    @classmethod
+    def of(cls, split: Split, device: torch.device) -> Resident | None:
+        """None on a CPU, and for what are no images or too many."""
+        if device.type == "cpu" or split.preprocessor.settings.modality != "image":
+            return None
+        [(name, stored)] = split.inputs.items()
+        return cls.on(split, device) if stored.nbytes <= RESIDENT_BYTES else None
+
+    @classmethod
+    def on(cls, split: Split, device: Any) -> Resident:
+        [(name, stored)] = split.inputs.items()
+        scale, shift = (torch.from_numpy(values).to(device) for values in split.preprocessor.scaling())
+        return cls(name, torch.from_numpy(np.array(stored)).to(device), torch.from_numpy(split.labels).to(device), scale, shift)
+
+    def __call__(self, rows: np.ndarray[Any, Any]) -> Batch:
+        """What `load_batch` gives."""
+        chosen = torch.from_numpy(np.asarray(rows)).to(self.pixels.device)
+        return {self.name: self.pixels[chosen] * self.scale + self.shift}, self.labels[chosen]
+
+
 class Call(Record, frozen=True):
     """What the first of several processes asks of the others: their part in a training that begins now."""
 
@@ -164,6 +198,8 @@ def _untrained(plan: Plan, teacher: Supernet, progress: Progress) -> tuple[Super
         progress.note("ordering heads, neurons and layers by importance")
         also = [net.to(training_device())] if net is not teacher else []
         space = sort_by_importance(teacher, lambda order: plan.space_of(teacher.config, order), plan.train, plan.task, also)
+    if settle := getattr(family, "settle", None):  # on what training and sorting have made of the weights
+        settle(net.model)
     return net.to("cpu"), space
 
 
@@ -252,7 +288,8 @@ def train(job: Job, progress: Progress) -> TrainingLog:
     """Train `job.net` in place and leave it with its best weights; continues from `job.folder` after a kill.
 
     Every random draw comes from (seed, epoch) or (seed, step), so a resumed run takes the steps an uninterrupted one would.
-    Several processes share each batch, and the first one writes. RecipeError if a batch has fewer samples than there are processes.
+    Several processes share each batch, and the first one writes. RecipeError if a batch has fewer samples than there are processes, or what
+    is no image is to be augmented.
     """
     from accelerate import Accelerator
 
@@ -261,6 +298,8 @@ def train(job: Job, progress: Progress) -> TrainingLog:
         raise RecipeError(
             f"a batch of {least} cannot be shared by {accelerator.num_processes} processes", hint="raise --batch-size, or start fewer"
         )
+    if job.settings.augmentation and (found := job.train.preprocessor.settings.modality) != "image":
+        raise RecipeError(f"finetune.augmentation is for images, and this is {found}", hint="leave it out")
     net = _shared(job.net.to(accelerator.device), accelerator)
     steps_per_epoch = max(1, len(job.train) // job.settings.batch_size)
     total = steps_per_epoch * job.epochs
@@ -270,6 +309,7 @@ def train(job: Job, progress: Progress) -> TrainingLog:
     average = Average(net, job.settings.ema_decay) if job.settings.ema_decay else None
     resumed = State.resume(job.folder, net, optimizer, average)
     state = resumed or State()
+    images = Resident.of(job.train, accelerator.device)
     aware = quantizer(net, job.space, state.ranges) if state.quantized else None
 
     def validate(epoch: float) -> None:
@@ -291,7 +331,7 @@ def train(job: Job, progress: Progress) -> TrainingLog:
             state.turn_quantized()
             validate(float(epoch))
         torch.manual_seed(int(np.random.default_rng([job.seed, state.step, accelerator.process_index]).integers(2**62)))
-        state.loss = state.loss + _step(job, net, optimizer, batches[offset], schedule(state.step), state.step, accelerator, aware)
+        state.loss = state.loss + _step(job, net, optimizer, batches[offset], schedule(state.step), state.step, accelerator, aware, images)
         state.step, state.taken, state.summed = state.step + 1, state.taken + 1, state.summed + 1
         if average:
             average.follow(net, state.taken)
@@ -402,15 +442,16 @@ def teacher_logits(net: Supernet, split: Split, path: Path, progress: Progress) 
 
 
 def _step(
-    job: Job, net: Supernet, optimizer: Any, whole: Any, rate: float, step: int, accelerator: Any, aware: TrainingQuantizer | None = None
-) -> torch.Tensor:
+    job: Job, net: Supernet, optimizer: Any, whole: Any, rate: float, step: int, accelerator: Any, aware: TrainingQuantizer | None = None,
+    images: Resident | None = None,
+) -> torch.Tensor:  # fmt: skip
     """One update of the weights; the loss of the whole batch, over all processes."""
     processes = accelerator.num_processes
     rows = whole[accelerator.process_index :: processes]
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=accelerator.device)
     for part in np.array_split(rows, min(job.settings.accumulation, len(rows))):
-        total += _passes(job, net, part, len(part) / len(whole), step, accelerator.device, aware)
+        total += _passes(job, net, part, len(part) / len(whole), step, accelerator.device, aware, images)
     parameters = [p for p in net.parameters() if p.grad is not None]
     if processes > 1:
         # one reduction after all passes: DistributedDataParallel expects a single forward per backward
@@ -427,11 +468,16 @@ def _step(
     return total.reshape(())
 
 
-def _passes(job: Job, net: Supernet, rows: Any, share: float, step: int, device: Any, aware: TrainingQuantizer | None) -> torch.Tensor:
+def _passes(
+    job: Job, net: Supernet, rows: Any, share: float, step: int, device: Any, aware: TrainingQuantizer | None, images: Resident | None
+) -> torch.Tensor:
     """Back-propagate the recipe's losses on some samples, which are this share of a batch; their sum by that share."""
     net.train()
     teacher = None if job.teacher is None else torch.from_numpy(job.teacher[rows]).to(device)
-    batch = StepBatch(*load_batch(job.train, rows, device), teacher)
+    inputs, labels = images(rows) if images else load_batch(job.train, rows, device)
+    if job.settings.augmentation:
+        inputs = {name: vary(values, job.settings.augmentation) for name, values in inputs.items()}
+    batch = StepBatch(inputs, labels, teacher)
     rng, total = np.random.default_rng([job.seed, step]), torch.zeros((), device=device)
     losses = iter(job.recipe.losses(Quantized(net, aware) if aware else net, job.space, batch, rng, job.terms))
     while True:

@@ -55,7 +55,7 @@ def operators(family: Family, config: Any, space: SearchSpace) -> int:
     choices = {gene.name: len(gene.choices) for gene in space.genes}
     groups, total = family.groups(config), 0
     for segment in family.segments(config):
-        own = {g.gene for g in groups if any(p in segment.parameters for p, _ in g.members) and g.gene in choices}
+        own = [gene for gene in network.genes_of(family, groups, segment) if gene in choices]
         tokens = 2 if family.reads_first_token else 1
         total += tokens * choices.get(network.precision_gene(segment), 1) * math.prod(choices[name] for name in own)
     return total

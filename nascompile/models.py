@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from nascompile import plugins
-from nascompile.errors import ModelError
+from nascompile.errors import ModelError, UnsupportedError
 from nascompile.families import Family
-from nascompile.records import digest, file_digest
+from nascompile.records import Target, digest, file_digest
 
 HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "vocab.txt", "merges.txt", "*.model"]
 
@@ -30,6 +30,17 @@ def locate(source: str) -> Path:
     return folder
 
 
+def is_description(source: str) -> bool:
+    """Whether it is a local folder that describes a network for microcontrollers, without weights: these are random then."""
+    path = Path(source).expanduser() / "config.json"
+    if not path.is_file() or any(path.parent.glob("*.safetensors")):
+        return False
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("model_type") == "mcu_vit"  # type: ignore[no-any-return]
+    except json.JSONDecodeError:
+        return False  # which `read_config` says
+
+
 def read_config(folder: Path) -> Any:
     """The Hugging Face configuration; ModelError for an architecture no family handles."""
     try:
@@ -38,10 +49,12 @@ def read_config(folder: Path) -> Any:
         raise ModelError(f"damaged config.json in {folder}", detail=str(error), hint="download or save the model again") from error
     kind = content.get("model_type", "")
     family = family_of(kind)
-    if kind == "nascompile-toy":
+    if own := getattr(family, "config_class", None):
+        config: Any = own.from_pretrained(folder)
+    elif kind == "nascompile-toy":
         from nascompile.families.toy import ToyConfig
 
-        config: Any = ToyConfig.from_pretrained(folder)
+        config = ToyConfig.from_pretrained(folder)
     else:
         from transformers import AutoConfig
 
@@ -63,6 +76,17 @@ def family_of(model_type: str) -> Family:
         f"unknown architecture: {model_type or 'no model_type in config.json'}",
         hint="known: " + "; ".join(f"{name} ({', '.join(types)})" for name, types in known.items()),
     )
+
+
+def check_lowering(family: Family, target: Target) -> None:
+    """UnsupportedError where the networks of a family have no form that the target's backend takes."""
+    backend = plugins.get("backends", target.backend)
+    if backend.accepts not in (forms := getattr(family, "accepts", (backend.accepts,))):
+        takers = [name for name in plugins.names("backends") if plugins.get("backends", name).accepts in forms]
+        raise UnsupportedError(
+            f"`{target.backend}` builds no networks of the family {family.name}: they are for {', '.join(takers)}",
+            hint="a device of these, such as --device stm32f746",
+        )
 
 
 def has_head(folder: Path) -> bool:

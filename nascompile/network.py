@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -12,7 +12,7 @@ import msgspec
 from nascompile import plugins, space as spaces
 from nascompile.backends import Backend
 from nascompile.errors import RecipeError, UnsupportedError
-from nascompile.families import Family, Segment
+from nascompile.families import Family, Group, Segment
 from nascompile.records import (
     FLOAT16,
     FLOAT32,
@@ -152,7 +152,7 @@ def _first_token_only(family: Family, blocks: Sequence[Segment], space: SearchSp
 def graph(family: Family, config: Any, space: SearchSpace, point: Candidate, target: Target) -> OperatorGraph:
     """What the candidate executes on the target, with sizes and MACs; tables, reports and budgets read this."""
     chosen = values(family, config, space, point)
-    shapes = sliced_shapes(family, config, chosen)
+    block = stored(family, config, chosen)
     genes, groups = {gene.name for gene in space.genes}, family.groups(config)
     nodes = []
     blocks = kept(family, config, space, point)
@@ -160,19 +160,34 @@ def graph(family: Family, config: Any, space: SearchSpace, point: Candidate, tar
     for segment in blocks:
         precision = block_precision(space, point, segment, target.id)
         operator = family.operator(config, segment, chosen, target.workload, precision, first=segment.name in narrow)
-        own = {g.gene for g in groups if any(p in segment.parameters for p, _ in g.members)}
+        own = genes_of(family, groups, segment)
+        mine, shapes = block(segment)
         nodes.append(
             Node(
                 name=segment.name, operator=operator, module=segment.module,
-                genes=tuple(sorted((own | {precision_gene(segment)}) & genes)),
-                parameters=sum(math.prod(shapes[p]) for p in segment.parameters),
-                size_bytes=block_bytes(segment, shapes, precision),
+                genes=tuple(sorted({*own, precision_gene(segment)} & genes)),
+                parameters=sum(math.prod(shapes[p]) for p in mine.parameters),
+                size_bytes=block_bytes(mine, shapes, precision),
                 macs=family.macs(family.operator(config, segment, chosen, target.workload, precision)),
                 activation_bytes=family.activations(operator) * (precision.weights.bits // 8 if precision.weights.kind == "float" else 4),
             )
         )  # fmt: skip
     edges = tuple(Edge(source=i - 1, target=i, shape=_main_shape(nodes[i].operator)) for i in range(len(nodes)))
     return OperatorGraph(nodes=tuple(nodes), edges=edges)
+
+
+def genes_of(family: Family, groups: Sequence[Group], segment: Segment) -> tuple[str, ...]:
+    """Genes that decide what a block executes: those that slice its parameters, and others that the family names."""
+    own = [group.gene for group in groups if any(parameter in segment.parameters for parameter, _ in group.members)]
+    return tuple(dict.fromkeys((*own, *getattr(family, "further_genes", lambda segment: ())(segment))))
+
+
+def stored(family: Family, config: Any, chosen: Mapping[str, int]) -> Callable[[Segment], tuple[Segment, Mapping[str, tuple[int, ...]]]]:
+    """Block ▸ what a candidate stores of it, and the shapes: its sliced parameters, unless the family keeps others of them."""
+    if own := getattr(family, "stored", None):
+        return lambda segment: own(config, segment, chosen)
+    shapes = sliced_shapes(family, config, chosen)
+    return lambda segment: (segment, shapes)
 
 
 def sliced_shapes(family: Family, config: Any, chosen: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
@@ -214,19 +229,19 @@ def operator_bytes(family: Family, config: Any, space: SearchSpace, target: Targ
     found: dict[Operator, int] = {}
     full = any(p.dynamic for p in space.precisions)  # some candidates compute all tokens up to the end
     for segment in family.segments(config):
-        genes = [g.gene for g in groups if any(p in segment.parameters for p, _ in g.members) and g.gene in choices]
+        genes = [gene for gene in genes_of(family, groups, segment) if gene in choices]
         names = next((g.choices for g in space.genes if g.name == precision_gene(segment)), (FLOAT32.name,))
         combinations: list[dict[str, int]] = [{}]
-        for gene in dict.fromkeys(genes):
+        for gene in genes:
             combinations = [c | {gene: int(v)} for c in combinations for v in choices[gene]]
         tokens = ((False, True) if full or segment.layer is not None else (True,)) if family.reads_first_token else (False,)
         for combination in combinations:
-            shapes = sliced_shapes(family, config, top | combination)
+            mine, shapes = stored(family, config, top | combination)(segment)
             for name, first in itertools.product(names, tokens):
                 precision = space.precision(str(name))
                 if not (first and precision.dynamic):
                     operator = family.operator(config, segment, top | combination, target.workload, precision, first)
-                    found.setdefault(operator, block_bytes(segment, shapes, precision))
+                    found.setdefault(operator, block_bytes(mine, shapes, precision))
     return found
 
 

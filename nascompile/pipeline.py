@@ -79,7 +79,7 @@ from nascompile.records import (
 )
 from nascompile.remote_device import RemoteDevice
 from nascompile.search import Pricing, search
-from nascompile.settings import DEMO, TOY, Recipe, SearchSettings
+from nascompile.settings import DEMO, MCU_VIT, TOY, Recipe, SearchSettings
 from nascompile.space import largest, uniform
 from nascompile.supernet import Supernet, extract
 from nascompile.worker import Bench
@@ -102,6 +102,7 @@ FRESH = "profiling-fresh"
 """Folder of what a fresh profile has timed so far."""
 FOREIGN = "foreign.json"
 """What is foreign about `table.json`; not there where nothing is."""
+PREPROCESSOR = "preprocessor_config.json"
 EXPLAIN = "explain.json"
 """What `search --explain` found; not there where nobody asked."""
 
@@ -269,7 +270,14 @@ class Context:
             return Path(__file__).parent / "demo" / "model"
         if self.recipe.model == TOY:
             return _toy_model(self.out / "model", self.recipe.seed)
+        if self.untrained:
+            return _mcu_model(self.out / "model", self.recipe, self.given)
         return models.locate(self.recipe.model)
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the model is a configuration of a network for microcontrollers, whose weights are random."""
+        return self.given.model is None and (self.recipe.model == MCU_VIT or models.is_description(self.recipe.model))
 
     @cached_property
     def config(self) -> Any:
@@ -314,7 +322,9 @@ class Context:
     @cached_property
     def target(self) -> Target:
         workload = self.family.workload(models.read_config(self.model_folder), 1, self.manifest.max_length)
-        return targets.make(self.recipe.device, self.recipe.backend, workload, self.recipe.threads)
+        found = targets.make(self.recipe.device, self.recipe.backend, workload, self.recipe.threads)
+        models.check_lowering(self.family, found)
+        return found
 
     @cached_property
     def further(self) -> tuple[several.Further, ...]:
@@ -456,8 +466,8 @@ class Context:
         preprocessor = Preprocessor.from_model_folder(
             folder, config.to_dict(), r.data.max_length, [spec.name for spec in self.family.inputs(config)]
         )
-        own = None if r.new_head or r.model == TOY or not models.has_head(folder) else config.id2label
-        embedded = r.model in (DEMO, TOY) and not r.data.data and not self.given.data
+        own = None if r.new_head or r.model == TOY or self.untrained or not models.has_head(folder) else config.id2label
+        embedded = r.model in (DEMO, TOY, MCU_VIT) and not r.data.data and not self.given.data
         settings, objects = _embedded_data(r) if embedded else (r.data, dict(self.given.data))
         manifest = data.prepare(
             settings, preprocessor, self.task, self.out / "data", id2label=own, sources=objects, progress=self.progress.step
@@ -1046,6 +1056,26 @@ def _toy_model(folder: Path, seed: int) -> Path:
         torch.manual_seed(seed)
         family = plugins.get("families", "toy")
         finetune.store_model(Supernet(family, family.create(ToyConfig(num_labels=3))), folder, {})
+    return folder
+
+
+def _mcu_model(folder: Path, recipe: Recipe, given: Given) -> Path:
+    """A vision transformer for microcontrollers with random weights, as its config.json says or for the data's images, stored once."""
+    if not folder.is_dir():
+        import torch
+
+        from nascompile.families import mcu_vit
+
+        described = Path(recipe.model).expanduser()
+        if recipe.model == MCU_VIT:
+            settings = recipe.data if recipe.data.data or given.data else _embedded_data(recipe)[0]
+            config: Any = mcu_vit.made_for(*data.image_shape(settings, given.data))
+        else:
+            config = models.read_config(described)
+        torch.manual_seed(recipe.seed)
+        finetune.store_model(Supernet(mcu_vit.PLUGIN, mcu_vit.PLUGIN.create(config)), folder, {})
+        if (described / PREPROCESSOR).is_file():
+            shutil.copy(described / PREPROCESSOR, folder / PREPROCESSOR)
     return folder
 
 

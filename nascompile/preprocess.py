@@ -182,10 +182,14 @@ class Preprocessor:
             return {name: stored[name].astype(np.int64) for name in self.settings.inputs}
         if self.settings.modality == "vector":
             return {name: np.asarray(stored[name], np.float32) for name in self.settings.inputs}
+        scale, shift = self.scaling()
+        return {name: stored[name].astype(np.float32) * scale + shift for name in self.settings.inputs}
+
+    def scaling(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Factor and summand (channels, 1, 1) of a pixel's byte."""
         mean, std = (np.asarray(values, np.float64).reshape(-1, 1, 1) for values in (self.settings.mean, self.settings.std))
         # One product and one sum per pixel: (x · rescale - mean) / std, its two constants rounded to float32 once.
-        scale, shift = (self.settings.rescale / std).astype(np.float32), (-mean / std).astype(np.float32)
-        return {name: stored[name].astype(np.float32) * scale + shift for name in self.settings.inputs}
+        return (self.settings.rescale / std).astype(np.float32), (-mean / std).astype(np.float32)
 
     def __call__(self, samples: Sequence[Any], pad: Literal["max_length", "longest"] = "max_length") -> Arrays:
         """The network's inputs (n, …) for raw samples; DataError naming what cannot be read."""
@@ -371,8 +375,14 @@ def _vector(raw: Any, features: int) -> npt.NDArray[np.float32]:
     return vector
 
 
-def _image(raw: Any, channels: int) -> Any:
-    """A loaded Pillow image of mode L or RGB, turned as its EXIF orientation says where it comes from a file."""
+def image_shape(raw: Any) -> tuple[int, int, int]:
+    """Height, width and channels (1: grey, 3: colour) of a raw image."""
+    image = _opened(raw)
+    return image.height, image.width, 1 if image.mode in ("1", "L", "LA") else 3
+
+
+def _opened(raw: Any) -> Any:
+    """A loaded Pillow image of 8 bits a channel, turned as its EXIF orientation says where it comes from a file."""
     from PIL import Image, ImageOps
 
     image = raw
@@ -392,9 +402,14 @@ def _image(raw: Any, channels: int) -> Any:
         raise DataError(f"not an image: {_short(raw)}", hint="give a path, the bytes of a file, a Pillow image or a uint8 array")
     if image.mode.startswith(("I", "F")):
         raise DataError(f"images of more than 8 bits per channel are not supported: mode {image.mode}", hint="convert them to 8 bits")
+    return image
+
+
+def _image(raw: Any, channels: int) -> Any:
+    """The image in mode L or RGB."""
     if channels not in (1, 3):
         raise DataError(f"only models of 1 or 3 channels take images: {channels}", hint="use a grey or RGB model")
-    return image.convert("L" if channels == 1 else "RGB")
+    return _opened(raw).convert("L" if channels == 1 else "RGB")
 
 
 def _bytes_of(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:

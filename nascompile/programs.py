@@ -15,7 +15,7 @@ from nascompile.mcu import calibrated, transformer
 from nascompile.mcu.program import Logits, Program
 from nascompile.records import INT8, Candidate, SearchSpace, Target
 
-FAMILIES = ("vit",)
+FAMILIES = ("vit", "mcu_vit")
 """Families whose networks have a program."""
 _PARTS = {
     "norm1": "attention_norm", "query": "query", "key": "key", "value": "value", "out": "out",
@@ -52,23 +52,46 @@ def network_of(
                 f"{segment.name} of the candidate is {precision.name}: microcontroller programs are whole in {INT8.name}",
                 hint=f'search.precisions = ["{INT8.name}"]',
             )
-    shapes = network.sliced_shapes(family, config, network.values(family, config, space, candidate))
+    graph = network.graph(family, config, space, candidate, target)
+    shape, chosen = transformer.Shape.of_graph(graph, target.workload.resolution), network.values(family, config, space, candidate)
+    layers = spaces.kept_layers(space, candidate)
+    parameters = (_described if hasattr(family, "described") else _sliced)(family, config, weights, layers, chosen)
+    return calibrated.Network(
+        shape=shape, parameters=parameters, epsilon=config.layer_norm_eps, activation=getattr(config, "hidden_act", "gelu"),
+        mean=tuple(mean), deviation=tuple(deviation), pool=target.workload.resolution[0] // shape.image[0],
+    )  # fmt: skip
+
+
+def _described(
+    family: Any, config: Any, weights: Mapping[str, Any], layers: tuple[int, ...], chosen: Mapping[str, int]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Parameters by the names of a program, as the family describes them."""
+    if missing := sorted(set(family.parameters(config)) - set(weights)):
+        raise _lacks(missing[0])
+    own = {name: np.asarray(weights[name], np.float64) for name in family.parameters(config)}
+    found: dict[str, np.ndarray[Any, Any]] = family.described(config, own, layers, chosen).parameters
+    return found
+
+
+def _sliced(
+    family: Any, config: Any, weights: Mapping[str, Any], layers: tuple[int, ...], chosen: Mapping[str, int]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Parameters by the names of a program, of an encoder with a layout."""
+    shapes, layout = network.sliced_shapes(family, config, chosen), family.layout(config)
+    parameters: dict[str, np.ndarray[Any, Any]] = {}
 
     def found(name: str) -> np.ndarray[Any, Any]:
         if name not in weights:
-            raise ModelError(f"the weights have no such parameter: {name}", hint="is this the state dict of the largest network?")
+            raise _lacks(name)
         value = np.asarray(weights[name], np.float64)
         return value[tuple(slice(count) for count in shapes[name])]
-
-    layout = family.layout(config)  # type: ignore[attr-defined]  # of the encoders that FAMILIES names
-    parameters: dict[str, np.ndarray[Any, Any]] = {}
 
     def put(name: str, module: str) -> None:
         for kind in ("weight", "bias"):
             if f"{module}.{kind}" in shapes:
                 parameters[f"{name}.{kind}"] = found(f"{module}.{kind}")
 
-    for number, layer in enumerate(spaces.kept_layers(space, candidate)):
+    for number, layer in enumerate(layers):
         for part, field in _PARTS.items():
             put(f"layers.{number}.{part}", layout.at(layer, field))
     put("norm", layout.final_norm)
@@ -78,8 +101,8 @@ def network_of(
     parameters["embedding.weight"] = kernel.transpose(0, 2, 3, 1).reshape(len(kernel), -1)
     parameters["class_token"] = found(f"{layout.embedding}.cls_token").reshape(-1)
     parameters["position"] = found(f"{layout.embedding}.position_embeddings")[0]
-    graph = network.graph(family, config, space, candidate, target)
-    return calibrated.Network(
-        shape=transformer.Shape.of_graph(graph, target.workload.resolution), parameters=parameters, epsilon=config.layer_norm_eps,
-        activation=config.hidden_act, mean=tuple(mean), deviation=tuple(deviation),
-    )  # fmt: skip
+    return parameters
+
+
+def _lacks(name: str) -> ModelError:
+    return ModelError(f"the weights have no such parameter: {name}", hint="is this the state dict of the largest network?")

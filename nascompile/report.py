@@ -683,7 +683,7 @@ def _architecture(records: RunRecords) -> Json:
     if chosen is None or chosen.graph is None:
         return {"missing": _absent("choice.json" if records.choice is None else "engines"), "blocks": []}
     whole = next((m.graph for m in (records.engine("baseline"), records.engine("uniform")) if m and m.graph), chosen.graph)
-    full = {g.name: max(map(int, g.choices)) for g in chosen.space.genes if g.kind == "architecture"} if chosen.space else {}
+    full = {g.name: int(g.choices[-1]) for g in chosen.space.genes if g.kind == "architecture"} if chosen.space else {}
     own = dict(chosen.candidate.architecture) if chosen.candidate else {}
     kept = {node.name: node for node in chosen.graph.nodes}
     blocks = []
@@ -693,7 +693,7 @@ def _architecture(records: RunRecords) -> Json:
         blocks.append(
             {
                 "block": node.name, "title": _block_title(node.name), "kind": node.operator.kind, "kept": mine is not None,
-                "fraction": math.prod((value / most for _, value, most in sizes), start=1.0) if mine else 0.0,
+                "fraction": math.prod((min(value, most) / most for _, value, most in sizes), start=1.0) if mine else 0.0,
                 "sizes": [{"name": name, "kept": value, "full": most} for name, value, most in sizes],
                 "precision": mine.operator.precision.name if mine else "",
                 "parameters": mine.parameters if mine else 0, "size_bytes": mine.size_bytes if mine else 0,

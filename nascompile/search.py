@@ -101,8 +101,7 @@ class Pricing:
         groups, known = self.family.groups(self.config), {gene.name for gene in self.space.genes}
         found = []
         for segment in self.family.segments(self.config):
-            own = (group.gene for group in groups if any(p in segment.parameters for p, _ in group.members))
-            found.append((segment, tuple(gene for gene in dict.fromkeys(own) if gene in known)))
+            found.append((segment, tuple(gene for gene in network.genes_of(self.family, groups, segment) if gene in known)))
         return found
 
     @cached_property

@@ -15,8 +15,9 @@ from nascompile.data import DataSettings
 from nascompile.errors import RecipeError
 from nascompile.records import Budget, Record
 
-DEMO, TOY = "demo", "toy"
-"""Names of the two embedded models: the Fashion-MNIST ViT, and the synthetic residual MLP of the fake device."""
+DEMO, TOY, MCU_VIT = "demo", "toy", "mcu_vit"
+"""Names of the embedded models: the Fashion-MNIST ViT, the synthetic residual MLP of the fake device, and a vision transformer for
+microcontrollers, whose weights are random and whose size is that of the data's images."""
 
 
 class FinetuneSettings(Record, frozen=True):
@@ -60,6 +61,9 @@ class FinetuneSettings(Record, frozen=True):
     """Parts that a batch is cut into, one after the other: the same step with less memory."""
     ema_decay: float = 0.0
     """Of an exponential moving average of the weights, which is then what is validated and kept; 0: none."""
+    augmentation: tuple[str, ...] = ()
+    """Of training images, at random in every pass over them: crop (moved by up to an eighth of the side), flip (left and right), light
+    (contrast and brightness), erase (a box of noise in a quarter of them)."""
     class_weights: bool = False
     """Weigh the loss by inverse class frequency."""
     importance: bool = True
@@ -220,6 +224,18 @@ def demo_recipe() -> Recipe:
     )
 
 
+def mcu_vit_recipe() -> Recipe:
+    """A vision transformer for microcontrollers, trained from random weights: many more epochs than what starts from a trained one."""
+    return Recipe(
+        model=MCU_VIT,
+        device="stm32f746",
+        finetune=FinetuneSettings(
+            recipe="bignas", teacher_epochs=20, epochs=30, batch_size=128, learning_rate=1e-3, supernet_learning_rate=1e-3,
+            weight_decay=0.05, patience=10, augmentation=("crop", "flip"),
+        ),
+    )  # fmt: skip
+
+
 def toy_recipe() -> Recipe:
     """The embedded toy network on the simulated device: the whole pipeline in seconds, nothing measured."""
     return Recipe(
@@ -275,6 +291,7 @@ def check(recipe: Recipe) -> Recipe:
         ),
         ("finetune.mixed_precision", f.mixed_precision, f.mixed_precision in MIXED, f"one of {', '.join(MIXED)}"),
         ("finetune.accumulation", f.accumulation, f.accumulation >= 1, "at least 1"),
+        ("finetune.augmentation", f.augmentation, set(f.augmentation) <= set(AUGMENTATIONS), f"some of {', '.join(AUGMENTATIONS)}"),
         ("finetune.ema_decay", f.ema_decay, 0 <= f.ema_decay < 1, "0 (none) or more, below 1"),
         ("search.evaluations", s.evaluations, s.evaluations >= 1, "at least 1"),
         ("search.patience", s.patience, s.patience >= 0, "0 (never) or more"),
@@ -328,6 +345,7 @@ LEARNING = ("ehvi", "linas-table", "mip")
 OBJECTIVES = ("error", "latency_ms", "size_mb", "macs_m", "memory_mb", "worst_ratio")
 METHODS = ("minmax", "percentile", "mse", "entropy")
 STARTS, MIXED = ("teacher", "pretrained", "random"), ("no", "bf16")
+AUGMENTATIONS = ("crop", "flip", "light", "erase")
 
 
 def _merged(content: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

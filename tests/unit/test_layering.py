@@ -23,8 +23,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "samples": ("preprocess", "data_sources", "data"),
     "plug-ins": plugins.FOLDERS,
     "shared": (
-        "settings", "targets", "network", "models", "supernet", "quantization_aware", "checkpoint", "lowering", "pass_check", "scoring",
-        "accuracy", "engine", "variants", "several", "programs", "fronts", "stopping", "worker", "workers",
+        "settings", "targets", "network", "models", "supernet", "quantization_aware", "augmentation", "checkpoint", "lowering",
+        "pass_check", "scoring", "accuracy", "engine", "variants", "several", "programs", "fronts", "stopping", "worker", "workers",
     ),
     "stages": ("profiler", "finetune", "search", "build", "measure", "rerank", "report", "explain"),
     "kits": ("kit", "kit_import", "kit_limits", "remote", "remote_device"),
