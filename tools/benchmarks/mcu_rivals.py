@@ -1,12 +1,15 @@
 """Trains what searched networks are compared with: vision transformers of sizes that a person would pick, and small depthwise CNNs.
 
-    python tools/benchmarks/mcu_rivals.py --data RUN/data --out FOLDER --device cuda --epochs 100
-    python tools/benchmarks/mcu_rivals.py --data RUN/data --out FOLDER --only cnn-64k --epochs 2
+    python tools/benchmarks/mcu_rivals.py --run RUN --out FOLDER --device cuda --jobs 4
+    python tools/benchmarks/mcu_rivals.py --run RUN --out FOLDER --only cnn-64k --epochs 2
 
-Each is trained alone, on the train split of a run (`nascompile run --until data` makes one), with the same augmentation, label smoothing,
-optimizer, schedule and epochs; only the learning rate differs between the two kinds. The last weights are kept, as FOLDER/NAME.safetensors
-with the settings in its metadata; test is never read. A network that is there already, of the same settings, is not trained again. Nothing
-of the latency side is imported, so that a machine with PyTorch and little else can do it; `--jobs` trains several at a time.
+RUN is a run of `nascompile` whose data stage is done (`nascompile run ... --until data`). Each rival is trained alone, on the run's train
+split, by the settings of its recipe: as many epochs as the run's teacher and super-network have together, its augmentation, batch size,
+learning rate (times three for CNNs), decay, warm-up and moving average; transformers also its quantization-aware epochs, last. Cosine
+schedule, cross-entropy of the labels. The last weights are kept, as FOLDER/NAME.safetensors with the settings in its metadata; test is
+never read. A network that is there already, of the same settings, is not trained again.
+
+Nothing of the latency side is imported, so that a machine with PyTorch and little else can do it; `--jobs` trains several at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +33,45 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nascompile import data
+from nascompile.augmentation import vary
 from nascompile.mcu import calibrated, convolutional, torch_forward
 from nascompile.mcu.transformer import Shape
+from nascompile.quantization_aware import ProgramQuantizer
+from nascompile.records import load
+from nascompile.settings import Recipe
 
 EPSILON = 1e-5
+CNN_RATE = 3.0
+"""Times the learning rate of transformers."""
+TEST_BATCH = 500
 
 
 @dataclass(frozen=True)
 class Settings:
     """Of every training; what else it depends on are data and network."""
 
-    epochs: int = 100
-    seed: int = 0
-    batch: int = 256
-    weight_decay: float = 0.05
-    warmup: float = 0.05
+    epochs: int
+    aware_epochs: int
+    seed: int
+    batch: int
+    learning_rate: float
+    weight_decay: float
+    warmup: float
     """Share of the steps."""
-    label_smoothing: float = 0.1
-    crop: int = 2
-    """Pixels that an image is moved by at most, each way; besides it is mirrored half of the time."""
-    ema: float = 0.999
-    """Kept weights are moving averages, of about a thousand steps."""
+    augmentation: tuple[str, ...]
+    ema: float
+    """0: no moving average."""
+    half: bool
+    """Whether products are of bfloat16."""
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe) -> Settings:
+        f = recipe.finetune
+        return cls(
+            epochs=int(f.teacher_epochs + f.epochs), aware_epochs=f.quantization_aware_epochs, seed=recipe.seed, batch=f.batch_size,
+            learning_rate=f.learning_rate or 1e-3, weight_decay=f.weight_decay, warmup=f.warmup, augmentation=f.augmentation,
+            ema=f.ema_decay, half=f.mixed_precision == "bf16",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,7 +80,6 @@ class Rival:
 
     kind: str
     """`vit` or `cnn`."""
-    learning_rate: float
     sizes: Mapping[str, Any]
 
     @property
@@ -67,19 +87,11 @@ class Rival:
         return ", ".join(f"{name} {value}" for name, value in self.sizes.items())
 
 
-def _vit(**sizes: int) -> Rival:
-    return Rival("vit", 1e-3, sizes)
-
-
-def _cnn(stem: int, blocks: Sequence[tuple[int, int]]) -> Rival:
-    return Rival("cnn", 3e-3, {"stem": stem, "blocks": [list(block) for block in blocks]})
-
-
 RIVALS = {
-    "hand-320k": _vit(patch=4, width=96, depth=9, heads=3, hidden=192),
-    "hand-64k": _vit(patch=4, width=64, depth=5, heads=2, hidden=128),
-    "cnn-320k": _cnn(32, ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (256, 1))),
-    "cnn-64k": _cnn(16, ((32, 2), (64, 1), (64, 1), (128, 2), (128, 1))),
+    "hand-320k": Rival("vit", {"patch": 4, "width": 96, "depth": 9, "heads": 3, "hidden": 192}),
+    "hand-64k": Rival("vit", {"patch": 4, "width": 64, "depth": 5, "heads": 2, "hidden": 128}),
+    "cnn-320k": Rival("cnn", {"stem": 32, "blocks": [[64, 1], [128, 2], [128, 1], [256, 2], [256, 1], [256, 1]]}),
+    "cnn-64k": Rival("cnn", {"stem": 16, "blocks": [[32, 2], [64, 1], [64, 1], [128, 2], [128, 1]]}),
 }
 """Uniform transformers that fill most of the flash of their budget; CNNs of a stem and (channels, stride) of depthwise blocks."""
 
@@ -95,12 +107,20 @@ class Vit(nn.Module):
         self.shape = shape
         for name, value in initial(shape).items():
             self.register_parameter(name.replace(".", "/"), nn.Parameter(value))
+        self.aware: ProgramQuantizer | None = None
+        """What quantizes its products and tensors, in the last epochs."""
 
     def named(self) -> dict[str, Tensor]:
         return {name.replace("/", "."): value for name, value in self.named_parameters()}
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch_forward.forward(self.shape, self.named(), images, EPSILON)
+        hooks = {} if self.aware is None else {"product": self.aware, "see": self.aware.see}
+        return torch_forward.forward(self.shape, self.named(), images, EPSILON, **hooks)
+
+    def turn_aware(self) -> None:
+        """From now on with the numbers of the program; ranges are found on the way."""
+        self.aware = ProgramQuantizer({})
+        self.aware.layers = tuple(range(len(self.shape.layers)))
 
 
 def initial(shape: Shape) -> dict[str, Tensor]:
@@ -135,14 +155,11 @@ def depthwise_cnn(channels: int, stem: int, blocks: Sequence[Sequence[int]], cla
     return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
 
 
-def shape_of(rival: Rival, image: tuple[int, int, int], classes: int) -> Shape:
-    """Sizes of a `vit` rival; `image`: height, width, channels."""
-    return Shape.uniform(image, classes=classes, **rival.sizes)
-
-
 def untrained(rival: Rival, image: tuple[int, int, int], classes: int) -> nn.Module:
-    """The module that is trained."""
-    return Vit(shape_of(rival, image, classes)) if rival.kind == "vit" else depthwise_cnn(image[2], classes=classes, **rival.sizes)
+    """The module that is trained; `image`: height, width, channels."""
+    if rival.kind == "vit":
+        return Vit(Shape.uniform(image, classes=classes, **rival.sizes))
+    return depthwise_cnn(image[2], classes=classes, **rival.sizes)
 
 
 def network(
@@ -170,113 +187,99 @@ def facts(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Samples:
-    """Stored pixels (n, channels, height, width) in bytes and labels of two splits, and how pixels are normalized."""
+    """Stored pixels (n, channels, height, width) in bytes and labels of two splits, and what makes normalized pixels of bytes."""
 
     train: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
     validation: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
-    mean: tuple[float, ...]
-    deviation: tuple[float, ...]
+    scaling: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
+    """Factor and summand (channels, 1, 1)."""
     classes: int
     digest: str
 
     @classmethod
-    def of_run(cls, folder: Path) -> Samples:
-        """Of RUN/data."""
-        manifest = data.load_manifest(folder)
-        found = {name: data.open_split(folder, name, "rivals of a searched network") for name in ("train", "validation")}
-        settings = found["train"].preprocessor.settings
-        pixels = {name: np.ascontiguousarray(split.inputs["pixel_values"]) for name, split in found.items()}
-        labels = {name: np.array(split.labels) for name, split in found.items()}
-        return cls(
-            (pixels["train"], labels["train"]), (pixels["validation"], labels["validation"]), settings.mean, settings.std,
-            len(manifest.label_names), manifest.digest,
-        )  # fmt: skip
+    def of_run(cls, run: Path) -> Samples:
+        manifest = data.load_manifest(run / "data")
+        found = {name: data.open_split(run / "data", name, "rivals of a searched network") for name in ("train", "validation")}
+        train, validation = ((np.array(split.inputs["pixel_values"]), np.array(split.labels)) for split in found.values())
+        return cls(train, validation, found["train"].preprocessor.scaling(), len(manifest.label_names), manifest.digest)
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """Height, width, channels."""
+        channels, height, width = self.train[0].shape[1:]
+        return height, width, channels
 
 
-def augment(images: Tensor, most: int) -> Tensor:
-    """The batch mirrored and moved by up to `most` pixels, each image by itself; what comes in is black."""
-    (n, _, height, width), device = images.shape, images.device
-    rows = torch.randint(2 * most + 1, (n, 1), device=device) + torch.arange(height, device=device)
-    columns = torch.randint(2 * most + 1, (n, 1), device=device) + torch.arange(width, device=device)
-    columns = torch.where(torch.rand(n, 1, device=device) < 0.5, columns.flip(1), columns)
-    padded = F.pad(images, (most,) * 4)
-    return padded[torch.arange(n, device=device)[:, None, None, None], torch.arange(images.shape[1], device=device)[:, None, None],
-                  rows[:, None, :, None], columns[:, None, None, :]]  # fmt: skip
-
-
-def train(
-    module: nn.Module, samples: Samples, settings: Settings, learning_rate: float, device: str, say: Callable[[str], None] = lambda text: None
-) -> float:
-    """Trains in place; accuracy of the averaged weights, which the module has afterwards, on validation in per cent."""
+def train(module: nn.Module, samples: Samples, settings: Settings, device: str, say: Callable[[str], None] = lambda text: None) -> float:
+    """Trains in place; accuracy on validation in per cent of the weights it has afterwards, in float."""
     torch.manual_seed(settings.seed)
     module.to(device).train()
     images, labels = (torch.from_numpy(array).to(device) for array in samples.train)
-    mean, deviation = (torch.tensor(values, device=device).reshape(-1, 1, 1) for values in (samples.mean, samples.deviation))
+    factor, summand = (torch.from_numpy(values).to(device) for values in samples.scaling)
     averaged = {name: value.detach().clone() for name, value in module.state_dict().items()}
-    matrices = [value for value in module.parameters() if value.ndim > 1]
-    others = [value for value in module.parameters() if value.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, learning_rate, fused=device == "cuda")
+    groups = [
+        {"params": [value for value in module.parameters() if value.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [value for value in module.parameters() if value.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, settings.learning_rate, fused=device == "cuda")
     batches = max(1, len(images) // settings.batch)
     steps = batches * settings.epochs
     warm = max(1, round(settings.warmup * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * n / steps)))
     done, began = 0, time.monotonic()
     for epoch in range(1, settings.epochs + 1):
+        if isinstance(module, Vit) and epoch == settings.epochs - settings.aware_epochs + 1:
+            module.turn_aware()
         total = torch.zeros((), device=device)
         for chosen in torch.randperm(len(images), device=device)[: batches * settings.batch].split(settings.batch):
-            x = (augment(images[chosen].float() / 255, settings.crop) - mean) / deviation
-            with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+            x = vary(images[chosen] * factor + summand, settings.augmentation)
+            with torch.autocast("cuda", torch.bfloat16, enabled=settings.half and device == "cuda"):
                 logits = module(x)
-            loss = F.cross_entropy(logits.float(), labels[chosen].long(), label_smoothing=settings.label_smoothing)
+            loss = F.cross_entropy(logits.float(), labels[chosen].long())
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             done += 1
-            share = min(settings.ema, (1 + done) / (10 + done))  # follows closely at first
+            if isinstance(module, Vit) and module.aware:
+                module.aware.follow()
+            share = min(settings.ema, (1 + done) / (10 + done)) if settings.ema else 0.0  # follows closely at first
             for name, value in module.state_dict().items():
                 if value.is_floating_point():
                     averaged[name].lerp_(value.detach(), 1 - share)
             total += loss.detach()
         say(f"epoch {epoch} of {settings.epochs}, loss {total.item() / batches:.4f}, {time.monotonic() - began:.0f} s")
     module.load_state_dict(averaged)
+    if isinstance(module, Vit):
+        module.aware = None
     pixels, wanted = samples.validation
-    return 100 * float((predicted(module.eval(), pixels, samples.mean, samples.deviation, device) == wanted).mean())
+    return 100 * float((predicted(module.eval(), pixels, samples.scaling, device) == wanted).mean())
 
 
 @torch.no_grad()
 def predicted(
-    module: nn.Module, pixels: np.ndarray[Any, Any], mean: Sequence[float], deviation: Sequence[float], device: str = "cpu"
+    module: Callable[[Tensor], Tensor], pixels: np.ndarray[Any, Any], scaling: tuple[np.ndarray[Any, Any], ...], device: str = "cpu"
 ) -> np.ndarray[Any, Any]:
     """Classes of stored pixels (n, channels, height, width), in float32."""
-    scales = [np.reshape(values, (-1, 1, 1)).astype(np.float32) for values in (mean, deviation)]
-    found = []
-    for part in np.array_split(pixels, max(1, len(pixels) // 500)):
-        x = torch.from_numpy((part.astype(np.float32) / 255 - scales[0]) / scales[1]).to(device)
-        found.append(module(x).argmax(1).cpu().numpy())
-    return np.concatenate(found)
+    factor, summand = (torch.from_numpy(values).to(device) for values in scaling)
+    parts = torch.from_numpy(np.ascontiguousarray(pixels)).split(TEST_BATCH)
+    return np.concatenate([module(part.to(device) * factor + summand).argmax(1).cpu().numpy() for part in parts])
 
 
-def make(name: str, folder: Path, out: Path, settings: Settings, device: str) -> str:
+def make(name: str, run: Path, out: Path, settings: Settings, device: str) -> str:
     """Trains one rival and stores it, unless it is there; what was done."""
     torch.set_num_threads(1)
-    rival, samples, path = RIVALS[name], Samples.of_run(folder), out / f"{name}.safetensors"
-    image = (*samples.train[0].shape[2:], samples.train[0].shape[1])
-    key = {"settings": asdict(settings), "sizes": dict(rival.sizes), "learning_rate": rival.learning_rate, "data": samples.digest}
+    rival, samples, path = RIVALS[name], Samples.of_run(run), out / f"{name}.safetensors"
+    if rival.kind == "cnn":
+        settings = replace(settings, learning_rate=CNN_RATE * settings.learning_rate, aware_epochs=0)
+    key = json.loads(json.dumps({"settings": asdict(settings), "sizes": dict(rival.sizes), "data": samples.digest}))
     if path.is_file() and {part: facts(path).get(part) for part in key} == key:
         return f"{name}: there already"
     torch.manual_seed(settings.seed)
-    module = untrained(rival, image, samples.classes)
-
-    def say(text: str) -> None:
-        print(f"{name}: {text}", file=sys.stderr, flush=True)
-
+    module = untrained(rival, samples.image, samples.classes)
     began = time.monotonic()
-    accuracy = train(module, samples, settings, rival.learning_rate, device, say)
+    accuracy = train(module, samples, settings, device, lambda text: print(f"{name}: {text}", file=sys.stderr, flush=True))
     named = torch.cuda.get_device_name() if device == "cuda" else device
     found = key | {"validation_accuracy": accuracy, "seconds": time.monotonic() - began, "device": named, "torch": torch.__version__}
     out.mkdir(parents=True, exist_ok=True)
@@ -288,16 +291,17 @@ def make(name: str, folder: Path, out: Path, settings: Settings, device: str) ->
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the `data` folder of a run")
+    parser.add_argument("--run", type=Path, required=True, help="the run whose data and recipe are taken")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=tuple(RIVALS), default=list(RIVALS), metavar="NAME", help=", ".join(RIVALS))
-    parser.add_argument("--epochs", type=int, default=Settings.epochs)
-    parser.add_argument("--seed", type=int, default=Settings.seed)
+    parser.add_argument("--epochs", type=int, default=0, help="instead of the recipe's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     given = parser.parse_args(arguments)
-    settings = Settings(epochs=given.epochs, seed=given.seed)
-    work = [(name, given.data, given.out, settings, given.device) for name in given.only]
+    settings = Settings.of_recipe(load(given.run / "recipe.json", Recipe))
+    if given.epochs:
+        settings = replace(settings, epochs=given.epochs, aware_epochs=min(settings.aware_epochs, given.epochs // 2))
+    work = [(name, given.run, given.out, settings, given.device) for name in given.only]
     if given.jobs == 1:
         for one in work:
             print(make(*one), flush=True)

@@ -65,7 +65,7 @@ def found(kind: str, budget: str, runs: Path, jobs: int) -> Network:
         return _searched(name, runs / name, budget)
     path = runs / f"{name}.safetensors"
     if not path.is_file():
-        raise Missing(f"{path}: python tools/benchmarks/mcu_rivals.py --data RUN/data --out {runs} --only {name}")
+        raise Missing(f"{path}: python tools/benchmarks/mcu_rivals.py --run {runs}/searched-{budget} --out {runs} --only {name}")
     return _rival(name, path, data_folder(budget, runs), budget, jobs)
 
 
@@ -82,18 +82,22 @@ def data_folder(budget: str, runs: Path) -> Path:
 
 
 def _rival(name: str, path: Path, folder: Path, budget: str, jobs: int) -> Network:
-    rival, manifest = mcu_rivals.RIVALS[name], data.load_manifest(folder)
+    rival, manifest, trained = mcu_rivals.RIVALS[name], data.load_manifest(folder), mcu_rivals.facts(path)
+    if trained["data"] != manifest.digest:
+        raise Missing(f"{path} was trained on other data than that of {folder.parent}: train it again with --run {folder.parent}")
     split = data.open_split(folder, "calibration", "ranges of a rival")
     channels, height, width = split.inputs["pixel_values"].shape[1:]
     settings = split.preprocessor.settings
-    own, module = mcu_rivals.network(rival, path, (height, width, channels), len(manifest.label_names), settings.mean, settings.std)
-    board = projects.board_of(DEVICES[budget])
-    classes = partial(mcu_rivals.predicted, module, mean=settings.mean, deviation=settings.std)
-    trained = mcu_rivals.facts(path)
-    return Network(
-        name, rival.text, partial(_calibrated, own, board, jobs), classes, (file_digest(path), manifest.digest),
-        {"parameters": sum(value.numel() for value in module.parameters()), "epochs": trained["settings"]["epochs"]},
-    )  # fmt: skip
+    byte = 255 * settings.rescale  # of a pixel from 0 to 1, of which mean and deviation are
+    mean, deviation = (tuple(value / byte for value in values) for values in (settings.mean, settings.std))
+    own, module = mcu_rivals.network(rival, path, (height, width, channels), len(manifest.label_names), mean, deviation)
+    classes = partial(mcu_rivals.predicted, module, scaling=split.preprocessor.scaling())
+    program = partial(_calibrated, own, projects.board_of(DEVICES[budget]), jobs)
+    facts = {
+        "parameters": sum(value.numel() for value in module.parameters()), "epochs": trained["settings"]["epochs"],
+        "quantization_aware_epochs": trained["settings"]["aware_epochs"],
+    }  # fmt: skip
+    return Network(name, rival.text, program, classes, (file_digest(path), manifest.digest), facts)
 
 
 def _searched(name: str, run: Path, budget: str) -> Network:
@@ -116,9 +120,14 @@ def _of_run(name: str, run: Path) -> Network:
             lowered: Program = build.lower(context.parts, source, point)
         return lowered, context.method
 
-    facts = {"parameters": manifest.parameters, "epochs": context.recipe.finetune.epochs, "engine": choice.engine}
+    trained = context.recipe.finetune
+    facts = {
+        "parameters": manifest.parameters, "epochs": trained.teacher_epochs + trained.epochs,
+        "quantization_aware_epochs": trained.quantization_aware_epochs, "engine": choice.engine,
+    }  # fmt: skip
     depends = (digest(choice), digest(manifest), context.manifest.digest)
-    return Network(name, sizes_of(own.shape), program, partial(_classes, own), depends, facts, folder)
+    classes = partial(mcu_rivals.predicted, _float(own), scaling=context.parts.preprocessor.scaling())
+    return Network(name, sizes_of(own.shape), program, classes, depends, facts, folder)
 
 
 def sizes_of(shape: transformer.Shape) -> str:
@@ -128,16 +137,10 @@ def sizes_of(shape: transformer.Shape) -> str:
     return f"{shape.image[0]} x {shape.image[1]}, patch {shape.patch}, width {shape.width}, {len(shape.layers)} layers, {lists}"
 
 
-@torch.no_grad()
-def _classes(own: calibrated.Network, pixels: npt.NDArray[Any]) -> Classes:
-    """In FP32."""
-    parameters = {name: torch.from_numpy(np.asarray(value, np.float32)) for name, value in own.parameters.items()}
-    mean, deviation = (np.reshape(values, (-1, 1, 1)).astype(np.float32) for values in (own.mean, own.deviation))
-    parts = np.array_split(pixels, max(1, len(pixels) // 500))
-    batches = (torch.from_numpy((part.astype(np.float32) / 255 - mean) / deviation) for part in parts)
-    return np.concatenate([
-        torch_forward.forward(own.shape, parameters, x, own.epsilon, own.activation).argmax(1).numpy() for x in batches
-    ])  # fmt: skip
+def _float(own: calibrated.Network) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Class scores of normalized samples."""
+    parameters = {name: torch.from_numpy(np.ascontiguousarray(value, np.float32)) for name, value in own.parameters.items()}
+    return lambda x: torch_forward.forward(own.shape, parameters, x, own.epsilon, own.activation)
 
 
 # ---------------------------------------------------------------------------------------------- ranges of rivals
