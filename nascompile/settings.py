@@ -230,8 +230,8 @@ def mcu_vit_recipe() -> Recipe:
         model=MCU_VIT,
         device="stm32f746",
         finetune=FinetuneSettings(
-            recipe="bignas", teacher_epochs=20, epochs=30, batch_size=128, learning_rate=1e-3, supernet_learning_rate=1e-3,
-            weight_decay=0.05, patience=10, augmentation=("crop", "flip"),
+            recipe="bignas", teacher_epochs=20, epochs=30, batch_size=128, learning_rate=1e-3, weight_decay=0.05,
+            patience=10, augmentation=("crop", "flip"),
         ),
     )  # fmt: skip
 

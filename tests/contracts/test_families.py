@@ -11,6 +11,7 @@ from transformers import BertConfig, DistilBertConfig, RobertaConfig, ViTConfig,
 
 from nascompile import plugins
 from nascompile.errors import NascompileError
+from nascompile.families.mcu_vit import McuVitConfig
 from nascompile.families.toy import ToyConfig
 from nascompile.records import FLOAT32, Operator
 
@@ -24,6 +25,10 @@ SMALL = {
     "roberta": lambda: RobertaConfig(**SIZES, **TEXT),
     "xlm-roberta": lambda: XLMRobertaConfig(**SIZES, **TEXT),
     "distilbert": lambda: DistilBertConfig(dim=16, n_layers=4, n_heads=4, hidden_dim=32, num_labels=3, **TEXT),
+    "mcu_vit": lambda: McuVitConfig(
+        image_size=16, image_sizes=(8, 16), patch_sizes=(4, 8), num_channels=1, hidden_size=32, hidden_sizes=(24, 32), num_hidden_layers=4,
+        num_attention_heads=4, head_dim=8, heads=(2, 4), intermediate_size=64, widths=(32, 64), ranks=(4, 8, 32), num_labels=3,
+    ),
     "nascompile-toy": lambda: ToyConfig(features=6, hidden=8, width=16, rank=4, layers=4, num_labels=3),
 }
 """A new model type adds a line here."""
@@ -38,8 +43,9 @@ def pair(request):
     return plugins.get("families", name), SMALL[kind]()
 
 
-def values_of(family, config, pick=max):
-    return {gene: pick(choices) for gene, choices in family.choices(config, 8).items()}
+def values_of(family, config, end=-1):
+    """Every gene at its last choice, of the largest network, or at its first."""
+    return {gene: choices[end] for gene, choices in family.choices(config, 8).items()}
 
 
 def feed(family, config, batch=2, sequence=5):
@@ -90,7 +96,9 @@ def test_groups_fit_the_axes_they_slice_and_the_genes_that_slice_them(pair):
     family, config = pair
     shapes, choices = family.parameters(config), family.choices(config, 8)
     groups = family.groups(config)
-    assert {g.gene for g in groups} | {"depth"} == set(choices)
+    unsliced = set(getattr(family, "unsliced", ()))
+    assert {g.gene for g in groups} | {"depth"} | unsliced == set(choices)
+    assert not unsliced & {g.gene for g in groups}
     assert len({g.gene for g in groups}) == len(groups)
     axes = [member for g in groups for member in g.members]
     assert len(axes) == len(set(axes))  # no axis is cut by two genes
@@ -99,8 +107,8 @@ def test_groups_fit_the_axes_they_slice_and_the_genes_that_slice_them(pair):
         for parameter, axis in g.members:
             assert shapes[parameter][axis] == g.unit * g.count, parameter
         assert (g.layer is None) == (not g.gene.startswith("layers."))
-    for values in choices.values():
-        assert list(values) == sorted(set(values))
+    for gene, values in choices.items():
+        assert list(values) == sorted(set(values), reverse=gene == "patch")  # smaller patches make a larger network
         assert min(values) >= 1
     assert max(choices["depth"]) == 4
 
@@ -108,7 +116,7 @@ def test_groups_fit_the_axes_they_slice_and_the_genes_that_slice_them(pair):
 def test_the_forward_reads_nothing_beyond_what_a_candidate_keeps(pair):
     """Not-a-numbers planted in everything that the smallest network drops."""
     family, config = pair
-    model, values, inputs = family.create(config), values_of(family, config, min), feed(family, config)
+    model, values, inputs = family.create(config), values_of(family, config, 0), feed(family, config)
     layers = (3, 1, 0, 2)[: values["depth"]]
 
     def linear(name, x, weight, bias):
@@ -142,7 +150,7 @@ def test_every_quantizable_product_and_no_other_goes_through_linear(pair):
             return torch.nn.functional.embedding(x, weight)
         return torch.nn.functional.linear(x, weight, bias)
 
-    values = values_of(family, config, min)
+    values = values_of(family, config, 0)
     family.forward(model, feed(family, config), (1, 3), values, linear)
     wanted = {w for s in family.segments(config) if s.layer in (None, 1, 3) for w in s.quantizable}
     assert set(seen) == wanted
@@ -157,7 +165,7 @@ def test_every_quantizable_product_and_no_other_goes_through_linear(pair):
 def test_operators_are_records_that_count_their_work(pair):
     family, config = pair
     workload = family.workload(config, 2, 5)
-    full, small = values_of(family, config), values_of(family, config, min)
+    full, small = values_of(family, config), values_of(family, config, 0)
     for s in family.segments(config):
         operator = family.operator(config, s, full, workload, FLOAT32)
         assert isinstance(operator, Operator)
