@@ -89,10 +89,12 @@ class Network:
     mean: tuple[float, ...] = (0.0,)
     """Of pixels from 0 to 1, a channel each: what normalization takes off."""
     deviation: tuple[float, ...] = (1.0,)
+    pool: int = 1
+    """Samples are that much larger than the image of the shape, whose pixels are averages of pool × pool of theirs."""
 
     def pixels(self) -> p.Pixels:
         """Normalized pixels become a camera's byte less 128."""
-        return p.Pixels(scale=tuple(255 * d for d in self.deviation), offset=tuple(255 * m - 128 for m in self.mean))
+        return p.Pixels(scale=tuple(255 * d for d in self.deviation), offset=tuple(255 * m - 128 for m in self.mean), pool=self.pool)
 
 
 def untrained(shape: Shape, seed: int) -> Network:
@@ -226,7 +228,7 @@ def _array(tensor: Any) -> Array:
 
 
 def observe(network: Network, batches: Iterable[Array]) -> Ranges:
-    """Ranges of every tensor of the program over batches of normalized images (n, channels, height, width)."""
+    """Ranges of every tensor of the program over batches of normalized samples (n, channels, height, width)."""
     found: Ranges = {}
 
     def see(name: str, x: Array) -> None:
@@ -241,8 +243,8 @@ def observe(network: Network, batches: Iterable[Array]) -> Ranges:
 
 
 def forward(network: Network, images: Array, see: Callable[[str, Array], None] = lambda name, x: None) -> Array:
-    """Class scores (n, classes) in float; `see` is shown every tensor by its name in the program."""
-    parameters, x = network.parameters, images.transpose(0, 2, 3, 1)
+    """Class scores (n, classes) in float of samples, averaged down to the image; `see` is shown every tensor by its name in the program."""
+    parameters, x = network.parameters, p.averaged(images, network.pool).transpose(0, 2, 3, 1)
     for number, stage in enumerate(network.shape.stages):
         pad, kernel, stride = stage.pad, stage.kernel, stage.stride
         padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))

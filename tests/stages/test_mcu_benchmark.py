@@ -19,12 +19,13 @@ from nascompile.data import DataSettings
 from nascompile.mcu import calibrated, convolutional, interpreter, transformer
 from nascompile.preprocess import Preprocessing, Preprocessor
 from nascompile.records import Choice
-from nascompile.settings import FinetuneSettings, Recipe
+
 
 torch.set_num_threads(1)
 
 BENCHMARKS = Path(__file__).parents[2] / "tools" / "benchmarks"
 SIDE, CLASSES, MEAN, DEVIATION = 16, 3, (0.3,), (0.25,)
+RIVALLED = ("--batch", "32", "--rate", "3e-3")
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +126,6 @@ def runs(bench, tmp_path_factory):
         for seed, (name, n) in enumerate((("train", 600), ("calibration", 40), ("validation", 120), ("test", 150)))
     }
     run = folder / "searched-64k"
-    trained = FinetuneSettings(
-        teacher_epochs=3, epochs=5, batch_size=32, learning_rate=3e-3, quantization_aware_epochs=2, ema_decay=0.9, augmentation=("crop",)
-    )  # fmt: skip
-    records.save(Recipe(finetune=trained), run / "recipe.json")
     data.prepare(DataSettings(), Preprocessor(settings, {}), plugins.get("tasks", "classification"), run / "data", sources=sources)
     records.save(Choice(engine="candidate-1", reason="", budgets=(), ranking=("candidate-1",)), run / "choice.json")
     with pytest.MonkeyPatch.context() as patch:
@@ -137,22 +134,26 @@ def runs(bench, tmp_path_factory):
             "cnn-64k": bench.rivals.Rival("cnn", {"stem": 6, "blocks": [[10, 2], [12, 2]]}),
         }
         patch.setattr(bench.rivals, "RIVALS", small)
-        bench.rivals.main(["--run", str(run), "--out", str(folder), "--only", *small])
+        results = folder / "results.json"
+        trainings = {"teacher": {"epochs": 3.0}, "supernet": {"epochs": 5.0, "quantized_from": 3.0}}
+        results.write_text(json.dumps({"tasks": [{"task": "searched-64k", "trainings": trainings}]}))
+        bench.rivals.main(["--data", str(run / "data"), "--out", str(folder), "--only", *small, *RIVALLED, "--as", str(results)])
         yield folder
 
 
 def test_a_rival_is_trained_once_and_is_what_it_was(bench, runs, capsys):
-    bench.rivals.main(["--run", str(runs / "searched-64k"), "--out", str(runs), "--only", "cnn-64k"])
+    own = ["--data", str(runs / "searched-64k" / "data"), "--out", str(runs), "--only", "cnn-64k", *RIVALLED]
+    bench.rivals.main([*own, "--epochs", "8", "--aware-epochs", "2"])
     assert "cnn-64k: there already" in capsys.readouterr().out
     facts = bench.rivals.facts(runs / "cnn-64k.safetensors")
     assert facts["validation_accuracy"] > 80
     assert (facts["settings"]["epochs"], facts["settings"]["aware_epochs"]) == (8, 0)
     assert bench.rivals.facts(runs / "hand-64k.safetensors")["settings"]["aware_epochs"] == 2
-    samples = bench.rivals.Samples.of_run(runs / "searched-64k")
+    samples = bench.rivals.Samples.of_folder(runs / "searched-64k" / "data")
     for name in ("cnn-64k", "hand-64k"):
         rival = bench.rivals.RIVALS[name]
         path = runs / f"{name}.safetensors"
-        own, module = bench.rivals.network(rival, path, samples.image, CLASSES, MEAN, DEVIATION)
+        own, module = bench.rivals.network(rival, path, samples, MEAN, DEVIATION)
         pixels = samples.validation[0][:20]
         x = (pixels / 255 - MEAN[0]) / DEVIATION[0]
         forward = convolutional.forward if name.startswith("cnn") else calibrated.forward

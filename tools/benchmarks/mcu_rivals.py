@@ -1,13 +1,14 @@
 """Trains what searched networks are compared with: vision transformers of sizes that a person would pick, and small depthwise CNNs.
 
-    python tools/benchmarks/mcu_rivals.py --run RUN --out FOLDER --device cuda --jobs 4
-    python tools/benchmarks/mcu_rivals.py --run RUN --out FOLDER --only cnn-64k --epochs 2
+    python tools/benchmarks/mcu_rivals.py --data WORK/fashion-32/data --out OUT/rivals --as OUT/results.json --device cuda --jobs 4
+    python tools/benchmarks/mcu_rivals.py --data RUN/data --out FOLDER --only cnn-64k --epochs 2
 
-RUN is a run of `nascompile` whose data stage is done (`nascompile run ... --until data`). Each rival is trained alone, on the run's train
-split, by the settings of its recipe: as many epochs as the run's teacher and super-network have together, its augmentation, batch size,
-learning rate (times three for CNNs), decay, warm-up and moving average; transformers also its quantization-aware epochs, last. Cosine
-schedule, cross-entropy of the labels. The last weights are kept, as FOLDER/NAME.safetensors with the settings in its metadata; test is
-never read. A network that is there already, of the same settings, is not trained again.
+Each is trained alone on the train split of a prepared data folder (mcu_train.py leaves one for each of its tasks, `nascompile run` in its
+run), by the settings of mcu_train.py: its augmentation, batch, decay, moving average and quantization-aware share of the epochs; with
+--as, for as many epochs as its teacher and super-network of the same data had together. The learning rate is the teacher's, three times
+that for CNNs, which are not trained quantization-aware. Cosine schedule, cross-entropy of the labels. Images larger than 32 pixels are
+averaged down to that. The last weights are kept, as OUT/NAME.safetensors with the settings in its metadata; test is never read. A network
+that is there already, of the same settings, is not trained again.
 
 Nothing of the latency side is imported, so that a machine with PyTorch and little else can do it; `--jobs` trains several at a time.
 """
@@ -15,6 +16,7 @@ Nothing of the latency side is imported, so that a machine with PyTorch and litt
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import multiprocessing
@@ -37,41 +39,41 @@ from nascompile.augmentation import vary
 from nascompile.mcu import calibrated, convolutional, torch_forward
 from nascompile.mcu.transformer import Shape
 from nascompile.quantization_aware import ProgramQuantizer
-from nascompile.records import load
-from nascompile.settings import Recipe
 
 EPSILON = 1e-5
 CNN_RATE = 3.0
 """Times the learning rate of transformers."""
+SIDE = 32
+"""Of the images that rivals see, where the data's are a multiple of it."""
 TEST_BATCH = 500
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of every training; what else it depends on are data and network."""
+    """Of every training; what else it depends on are data and network. The defaults are mcu_train.py's."""
 
-    epochs: int
-    aware_epochs: int
-    seed: int
-    batch: int
-    learning_rate: float
-    weight_decay: float
-    warmup: float
+    epochs: int = 100
+    aware_epochs: int = 10
+    seed: int = 0
+    batch: int = 512
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.1
     """Share of the steps."""
-    augmentation: tuple[str, ...]
-    ema: float
-    """0: no moving average."""
-    half: bool
+    augmentation: tuple[str, ...] = ("crop", "flip", "erase")
+    ema: float = 0.998
+    half: bool = False
     """Whether products are of bfloat16."""
 
-    @classmethod
-    def of_recipe(cls, recipe: Recipe) -> Settings:
-        f = recipe.finetune
-        return cls(
-            epochs=int(f.teacher_epochs + f.epochs), aware_epochs=f.quantization_aware_epochs, seed=recipe.seed, batch=f.batch_size,
-            learning_rate=f.learning_rate or 1e-3, weight_decay=f.weight_decay, warmup=f.warmup, augmentation=f.augmentation,
-            ema=f.ema_decay, half=f.mixed_precision == "bf16",
-        )  # fmt: skip
+
+def epochs_of(results: Path, name: str) -> tuple[int, int]:
+    """(epochs of teacher and super-network together, those of the latter that were quantization-aware) of a task of mcu_train.py."""
+    found = {row["task"]: row for row in json.loads(results.read_text())["tasks"]}
+    if name not in found:
+        raise SystemExit(f"error: no task {name} in {results}: {', '.join(sorted(found))}\n\nhint: --task names it")
+    teacher, supernet = (found[name]["trainings"][part] for part in ("teacher", "supernet"))
+    aware = 0 if supernet["quantized_from"] is None else round(supernet["epochs"] - supernet["quantized_from"])
+    return round(teacher["epochs"] + supernet["epochs"]), aware
 
 
 @dataclass(frozen=True)
@@ -163,17 +165,18 @@ def untrained(rival: Rival, image: tuple[int, int, int], classes: int) -> nn.Mod
 
 
 def network(
-    rival: Rival, path: Path, image: tuple[int, int, int], classes: int, mean: Sequence[float], deviation: Sequence[float]
+    rival: Rival, path: Path, samples: Samples, mean: Sequence[float], deviation: Sequence[float]
 ) -> tuple[calibrated.Network | convolutional.Network, nn.Module]:
-    """What a stored rival's program is made of, and the float module."""
-    module = untrained(rival, image, classes)
+    """What a stored rival's program is made of, and the float module; `mean` and `deviation` of pixels from 0 to 1."""
+    module = untrained(rival, samples.image, samples.classes)
     with safe_open(path, "pt") as stored:
         module.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118: no dictionary
     module.eval()
+    pool = samples.train[0].shape[2] // samples.image[0]
     if not isinstance(module, Vit):
-        return convolutional.of_torch(module, image, mean, deviation), module
+        return replace(convolutional.of_torch(module, samples.image, mean, deviation), pool=pool), module
     parameters = {name: value.detach().double().numpy() for name, value in module.named().items()}
-    return calibrated.Network(module.shape, parameters, EPSILON, mean=tuple(mean), deviation=tuple(deviation)), module
+    return calibrated.Network(module.shape, parameters, EPSILON, mean=tuple(mean), deviation=tuple(deviation), pool=pool), module
 
 
 def facts(path: Path) -> dict[str, Any]:
@@ -194,28 +197,36 @@ class Samples:
     scaling: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
     """Factor and summand (channels, 1, 1)."""
     classes: int
-    digest: str
 
     @classmethod
-    def of_run(cls, run: Path) -> Samples:
-        manifest = data.load_manifest(run / "data")
-        found = {name: data.open_split(run / "data", name, "rivals of a searched network") for name in ("train", "validation")}
+    def of_folder(cls, folder: Path) -> Samples:
+        """Of a prepared data folder."""
+        classes = len(data.load_manifest(folder).label_names)
+        found = {name: data.open_split(folder, name, "rivals of a searched network") for name in ("train", "validation")}
         train, validation = ((np.array(split.inputs["pixel_values"]), np.array(split.labels)) for split in found.values())
-        return cls(train, validation, found["train"].preprocessor.scaling(), len(manifest.label_names), manifest.digest)
+        return cls(train, validation, found["train"].preprocessor.scaling(), classes)
 
     @property
     def image(self) -> tuple[int, int, int]:
-        """Height, width, channels."""
+        """Height, width, channels that rivals see."""
         channels, height, width = self.train[0].shape[1:]
-        return height, width, channels
+        return (SIDE, SIDE, channels) if height == width and height % SIDE == 0 else (height, width, channels)
+
+    @property
+    def digest(self) -> str:
+        """Of what is trained on."""
+        parts = (*self.train, *self.scaling)
+        return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()[:16]
 
 
-def train(module: nn.Module, samples: Samples, settings: Settings, device: str, say: Callable[[str], None] = lambda text: None) -> float:
+def train(
+    module: nn.Module, samples: Samples, settings: Settings, device: str, say: Callable[[str], None] = lambda text: None
+) -> float:  # fmt: skip
     """Trains in place; accuracy on validation in per cent of the weights it has afterwards, in float."""
     torch.manual_seed(settings.seed)
     module.to(device).train()
     images, labels = (torch.from_numpy(array).to(device) for array in samples.train)
-    factor, summand = (torch.from_numpy(values).to(device) for values in samples.scaling)
+    normalized = _normalized(samples, device)
     averaged = {name: value.detach().clone() for name, value in module.state_dict().items()}
     groups = [
         {"params": [value for value in module.parameters() if value.ndim > 1], "weight_decay": settings.weight_decay},
@@ -232,7 +243,7 @@ def train(module: nn.Module, samples: Samples, settings: Settings, device: str, 
             module.turn_aware()
         total = torch.zeros((), device=device)
         for chosen in torch.randperm(len(images), device=device)[: batches * settings.batch].split(settings.batch):
-            x = vary(images[chosen] * factor + summand, settings.augmentation)
+            x = vary(normalized(images[chosen]), settings.augmentation)
             with torch.autocast("cuda", torch.bfloat16, enabled=settings.half and device == "cuda"):
                 logits = module(x)
             loss = F.cross_entropy(logits.float(), labels[chosen].long())
@@ -244,7 +255,7 @@ def train(module: nn.Module, samples: Samples, settings: Settings, device: str, 
             done += 1
             if isinstance(module, Vit) and module.aware:
                 module.aware.follow()
-            share = min(settings.ema, (1 + done) / (10 + done)) if settings.ema else 0.0  # follows closely at first
+            share = min(settings.ema, (1 + done) / (10 + done))  # follows closely at first
             for name, value in module.state_dict().items():
                 if value.is_floating_point():
                     averaged[name].lerp_(value.detach(), 1 - share)
@@ -254,23 +265,27 @@ def train(module: nn.Module, samples: Samples, settings: Settings, device: str, 
     if isinstance(module, Vit):
         module.aware = None
     pixels, wanted = samples.validation
-    return 100 * float((predicted(module.eval(), pixels, samples.scaling, device) == wanted).mean())
+    return 100 * float((predicted(module.eval(), samples, pixels, device) == wanted).mean())
+
+
+def _normalized(samples: Samples, device: str) -> Callable[[Tensor], Tensor]:
+    """Bytes (n, channels, height, width) to normalized images of the rivals' size."""
+    factor, summand = (torch.from_numpy(values).to(device) for values in samples.scaling)
+    pool = samples.train[0].shape[2] // samples.image[0]
+    return lambda pixels: F.avg_pool2d(pixels * factor + summand, pool)
 
 
 @torch.no_grad()
-def predicted(
-    module: Callable[[Tensor], Tensor], pixels: np.ndarray[Any, Any], scaling: tuple[np.ndarray[Any, Any], ...], device: str = "cpu"
-) -> np.ndarray[Any, Any]:
+def predicted(module: nn.Module, samples: Samples, pixels: np.ndarray[Any, Any], device: str = "cpu") -> np.ndarray[Any, Any]:
     """Classes of stored pixels (n, channels, height, width), in float32."""
-    factor, summand = (torch.from_numpy(values).to(device) for values in scaling)
-    parts = torch.from_numpy(np.ascontiguousarray(pixels)).split(TEST_BATCH)
-    return np.concatenate([module(part.to(device) * factor + summand).argmax(1).cpu().numpy() for part in parts])
+    normalized, parts = _normalized(samples, device), torch.from_numpy(np.ascontiguousarray(pixels)).split(TEST_BATCH)
+    return np.concatenate([module(normalized(part.to(device))).argmax(1).cpu().numpy() for part in parts])
 
 
-def make(name: str, run: Path, out: Path, settings: Settings, device: str) -> str:
+def make(name: str, folder: Path, out: Path, settings: Settings, device: str) -> str:
     """Trains one rival and stores it, unless it is there; what was done."""
     torch.set_num_threads(1)
-    rival, samples, path = RIVALS[name], Samples.of_run(run), out / f"{name}.safetensors"
+    rival, samples, path = RIVALS[name], Samples.of_folder(folder), out / f"{name}.safetensors"
     if rival.kind == "cnn":
         settings = replace(settings, learning_rate=CNN_RATE * settings.learning_rate, aware_epochs=0)
     key = json.loads(json.dumps({"settings": asdict(settings), "sizes": dict(rival.sizes), "data": samples.digest}))
@@ -291,17 +306,27 @@ def make(name: str, run: Path, out: Path, settings: Settings, device: str) -> st
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="the run whose data and recipe are taken")
+    parser.add_argument("--data", type=Path, required=True, help="a prepared data folder")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=tuple(RIVALS), default=list(RIVALS), metavar="NAME", help=", ".join(RIVALS))
-    parser.add_argument("--epochs", type=int, default=0, help="instead of the recipe's")
+    parser.add_argument("--epochs", type=int, default=Settings.epochs)
+    parser.add_argument("--aware-epochs", type=int, default=-1, help="of these, the last, quantization-aware; default: a tenth")
+    parser.add_argument("--as", dest="results", type=Path, help="results.json of mcu_train.py, whose epochs are taken")
+    parser.add_argument("--task", default="", help="of these results; default: the name of the folder that has the data folder")
+    parser.add_argument("--batch", type=int, default=Settings.batch)
+    parser.add_argument("--rate", type=float, default=Settings.learning_rate, help="peak learning rate of transformers")
+    parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     given = parser.parse_args(arguments)
-    settings = Settings.of_recipe(load(given.run / "recipe.json", Recipe))
-    if given.epochs:
-        settings = replace(settings, epochs=given.epochs, aware_epochs=min(settings.aware_epochs, given.epochs // 2))
-    work = [(name, given.run, given.out, settings, given.device) for name in given.only]
+    epochs, aware = given.epochs, given.aware_epochs
+    if given.results:
+        epochs, aware = epochs_of(given.results, given.task or given.data.resolve().parent.name)
+    settings = Settings(
+        epochs=epochs, aware_epochs=round(0.1 * epochs) if aware < 0 else aware, seed=given.seed, batch=given.batch,
+        learning_rate=given.rate, half=given.device == "cuda",
+    )  # fmt: skip
+    work = [(name, given.data, given.out, settings, given.device) for name in given.only]
     if given.jobs == 1:
         for one in work:
             print(make(*one), flush=True)

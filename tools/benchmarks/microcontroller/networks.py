@@ -65,7 +65,7 @@ def found(kind: str, budget: str, runs: Path, jobs: int) -> Network:
         return _searched(name, runs / name, budget)
     path = runs / f"{name}.safetensors"
     if not path.is_file():
-        raise Missing(f"{path}: python tools/benchmarks/mcu_rivals.py --run {runs}/searched-{budget} --out {runs} --only {name}")
+        raise Missing(f"{path}: python tools/benchmarks/mcu_rivals.py --data {runs}/searched-{budget}/data --out {runs} --only {name}")
     return _rival(name, path, data_folder(budget, runs), budget, jobs)
 
 
@@ -82,22 +82,20 @@ def data_folder(budget: str, runs: Path) -> Path:
 
 
 def _rival(name: str, path: Path, folder: Path, budget: str, jobs: int) -> Network:
-    rival, manifest, trained = mcu_rivals.RIVALS[name], data.load_manifest(folder), mcu_rivals.facts(path)
-    if trained["data"] != manifest.digest:
-        raise Missing(f"{path} was trained on other data than that of {folder.parent}: train it again with --run {folder.parent}")
-    split = data.open_split(folder, "calibration", "ranges of a rival")
-    channels, height, width = split.inputs["pixel_values"].shape[1:]
-    settings = split.preprocessor.settings
+    samples, trained = mcu_rivals.Samples.of_folder(folder), mcu_rivals.facts(path)
+    if trained["data"] != samples.digest:
+        raise Missing(f"{path} was trained on other data than that of {folder}: train it again with --data {folder}")
+    settings = data.open_split(folder, "calibration", "ranges of a rival").preprocessor.settings
     byte = 255 * settings.rescale  # of a pixel from 0 to 1, of which mean and deviation are
     mean, deviation = (tuple(value / byte for value in values) for values in (settings.mean, settings.std))
-    own, module = mcu_rivals.network(rival, path, (height, width, channels), len(manifest.label_names), mean, deviation)
-    classes = partial(mcu_rivals.predicted, module, scaling=split.preprocessor.scaling())
-    program = partial(_calibrated, own, projects.board_of(DEVICES[budget]), jobs)
+    rival = mcu_rivals.RIVALS[name]
+    own, module = mcu_rivals.network(rival, path, samples, mean, deviation)
     facts = {
         "parameters": sum(value.numel() for value in module.parameters()), "epochs": trained["settings"]["epochs"],
         "quantization_aware_epochs": trained["settings"]["aware_epochs"],
     }  # fmt: skip
-    return Network(name, rival.text, program, classes, (file_digest(path), manifest.digest), facts)
+    program = partial(_calibrated, own, projects.board_of(DEVICES[budget]), jobs)
+    return Network(name, rival.text, program, partial(mcu_rivals.predicted, module, samples), (file_digest(path), trained["data"]), facts)
 
 
 def _searched(name: str, run: Path, budget: str) -> Network:
@@ -126,7 +124,7 @@ def _of_run(name: str, run: Path) -> Network:
         "quantization_aware_epochs": trained.quantization_aware_epochs, "engine": choice.engine,
     }  # fmt: skip
     depends = (digest(choice), digest(manifest), context.manifest.digest)
-    classes = partial(mcu_rivals.predicted, _float(own), scaling=context.parts.preprocessor.scaling())
+    classes = partial(_float, own, context.parts.preprocessor.scaling())
     return Network(name, sizes_of(own.shape), program, classes, depends, facts, folder)
 
 
@@ -137,10 +135,16 @@ def sizes_of(shape: transformer.Shape) -> str:
     return f"{shape.image[0]} x {shape.image[1]}, patch {shape.patch}, width {shape.width}, {len(shape.layers)} layers, {lists}"
 
 
-def _float(own: calibrated.Network) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Class scores of normalized samples."""
+@torch.no_grad()
+def _float(own: calibrated.Network, scaling: tuple[Any, Any], pixels: npt.NDArray[Any]) -> Classes:
+    """Classes of stored pixels by the float network."""
     parameters = {name: torch.from_numpy(np.ascontiguousarray(value, np.float32)) for name, value in own.parameters.items()}
-    return lambda x: torch_forward.forward(own.shape, parameters, x, own.epsilon, own.activation)
+    factor, summand = map(torch.from_numpy, scaling)
+    found = []
+    for part in torch.from_numpy(np.ascontiguousarray(pixels)).split(mcu_rivals.TEST_BATCH):
+        images = torch_forward.pooled(own.shape, part * factor + summand)
+        found.append(torch_forward.forward(own.shape, parameters, images, own.epsilon, own.activation).argmax(1).numpy())
+    return np.concatenate(found)
 
 
 # ---------------------------------------------------------------------------------------------- ranges of rivals
