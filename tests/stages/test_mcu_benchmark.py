@@ -20,7 +20,6 @@ from nascompile.mcu import calibrated, convolutional, interpreter, transformer
 from nascompile.preprocess import Preprocessing, Preprocessor
 from nascompile.records import Choice
 
-
 torch.set_num_threads(1)
 
 BENCHMARKS = Path(__file__).parents[2] / "tools" / "benchmarks"

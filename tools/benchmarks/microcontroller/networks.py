@@ -23,6 +23,7 @@ from microcontroller import projects
 from nascompile import build, data, pipeline, programs
 from nascompile.data import Split
 from nascompile.errors import BudgetError
+from nascompile.finetune import TrainingLog
 from nascompile.mcu import calibrated, convolutional, torch_forward, transformer
 from nascompile.mcu.program import Program
 from nascompile.progress import Silent
@@ -34,7 +35,8 @@ DEVICES = {"320k": "stm32f746", "64k": "m7_64k"}
 KINDS = ("searched", "hand", "cnn")
 SHARES = (1.0, 0.9999, 0.999)
 """Of a tensor's calibration values that its range covers at each end: the best on validation is taken."""
-CALIBRATION_BATCH = 32
+CALIBRATION_BATCH, VALIDATION = 32, 1000
+"""Images at a time, and those that ranges are compared on."""
 Classes = npt.NDArray[np.int64]
 
 
@@ -118,10 +120,12 @@ def _of_run(name: str, run: Path) -> Network:
             lowered: Program = build.lower(context.parts, source, point)
         return lowered, context.method
 
-    trained = context.recipe.finetune
+    logs = [folder / "training.json" for folder in dict.fromkeys((context.model_folder, run / "teacher", run / "supernet"))]
+    trained = [load(path, TrainingLog) for path in logs if path.is_file()]
     facts = {
-        "parameters": manifest.parameters, "epochs": trained.teacher_epochs + trained.epochs,
-        "quantization_aware_epochs": trained.quantization_aware_epochs, "engine": choice.engine,
+        "parameters": manifest.parameters, "epochs": sum(log.epochs for log in trained),
+        "quantization_aware_epochs": sum(log.epochs - log.quantized_from for log in trained if log.quantized_from is not None),
+        "engine": choice.engine,
     }  # fmt: skip
     depends = (digest(choice), digest(manifest), context.manifest.digest)
     classes = partial(_float, own, context.parts.preprocessor.scaling())
@@ -161,7 +165,7 @@ def _calibrated(
         program = lower(own, ranges, board, sample)
         with tempfile.TemporaryDirectory() as folder:
             made = projects.build(program, board, Path(folder))
-            right = score(made, program, validation, jobs)
+            right = score(made, program, validation.take(np.arange(min(VALIDATION, len(validation)))), jobs)
         tried.append((right, -len(tried), program, f"{100 * share:g} % of values"))
     best = max(tried, key=lambda one: one[:2])
     return best[2], best[3]
