@@ -120,7 +120,7 @@ def _of_run(name: str, run: Path) -> Network:
             lowered: Program = build.lower(context.parts, source, point)
         return lowered, context.method
 
-    logs = [folder / "training.json" for folder in dict.fromkeys((context.model_folder, run / "teacher", run / "supernet"))]
+    logs = [place / "training.json" for place in dict.fromkeys((context.model_folder, run / "teacher", run / "supernet"))]
     trained = [load(path, TrainingLog) for path in logs if path.is_file()]
     facts = {
         "parameters": manifest.parameters, "epochs": sum(log.epochs for log in trained),
