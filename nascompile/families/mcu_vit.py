@@ -258,7 +258,7 @@ def described(config: McuVitConfig, weights: Mapping[str, Any], layers: tuple[in
         first, second = weights[f"{module}.first.weight"][:kept, :inputs], weights[f"{module}.second.weight"][:outputs, :kept]
         parameters[f"{name}.bias"] = weights[f"{module}.second.bias"][:outputs]
         if rank:
-            parameters |= {f"{name}.first": first, f"{name}.second": second}
+            parameters.update({f"{name}.first": first, f"{name}.second": second})
             names.update({f"{name}.{factor}": f"{module}.{factor}.weight" for factor in ("first", "second")})
         else:
             parameters[f"{name}.weight"] = second @ first

@@ -1,0 +1,161 @@
+"""Quantization-aware epochs of networks that become programs: their very grids, gradients, ranges, and what programs gain."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_finetune import TASK
+from test_mcu_vit import FAMILY, Backend, Case
+
+from nascompile import finetune, network, plugins, programs, space as spaces
+from nascompile.data import Split
+from nascompile.families.mcu_vit import McuVitConfig
+from nascompile.mcu import calibrated, interpreter
+from nascompile.preprocess import Preprocessing, Preprocessor
+from nascompile.progress import Silent
+from nascompile.quantization_aware import IN_SUMS, ProgramQuantizer, Quantized, first_ranges, quantizer
+from nascompile.records import Target
+from nascompile.settings import FinetuneSettings
+from nascompile.supernet import Supernet
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def case():
+    return Case()
+
+
+def decibels(found: np.ndarray, want: np.ndarray) -> float:
+    return 10 * np.log10((want**2).sum() / ((found - want) ** 2).sum())
+
+
+@pytest.mark.parametrize("genes", [{}, {"rank": 8, "depth": 2}, {"patch": 8, "heads": 1}])
+def test_it_computes_what_the_program_computes(case, genes):
+    """Far nearer to the integers than the float network is, on ranges of the candidate itself."""
+    point = case.point(**genes)
+    net, subnet = case.network(point), case.net.subnet(case.space, point)
+    ranges = calibrated.observe(net, [case.images])
+    program = programs.lower(net, ranges, "blocks")
+    pixels, logits = program.structure.pixels, program.structure.logits
+    integers = np.stack([interpreter.run(program, image) for image in pixels.quantize(case.images)]) * logits.scale
+    numbers = {int(name.split(".")[1]) for name in ranges if name.startswith("layers.")}
+    of_layer = {f"layers.{number}.": f"layers.{subnet.layers[number]}." for number in numbers}
+    own = {}
+    for name, range_ in ranges.items():
+        start = next((prefix for prefix in of_layer if name.startswith(prefix)), "")
+        own[of_layer.get(start, "") + name.removeprefix(start)] = range_
+    aware = Quantized(case.net, ProgramQuantizer(own))
+    with torch.no_grad():
+        emulated = aware({"pixel_values": torch.from_numpy(case.images)}, subnet).numpy()
+    assert decibels(emulated, integers) > decibels(case.logits(point), integers) + 6
+    assert decibels(emulated, integers) > 28
+
+
+def test_gradients_reach_every_parameter_that_a_network_has(case):
+    own = Case()
+    inputs = {"pixel_values": torch.from_numpy(own.images)}
+    ranges = first_ranges(own.net, own.space, [(inputs, torch.zeros(len(own.images)))])
+    assert {"tokens", "layers.0.q", "layers.2.v1", "layers.1.normalized2", "features"} <= set(ranges)
+    aware = Quantized(own.net, quantizer(own.net, own.space, ranges))
+    assert isinstance(aware.quantizer, ProgramQuantizer)
+    subnet = own.net.subnet(own.space, own.point(depth=2, rank=8, patch=8, image=8))
+    aware(inputs, subnet).square().sum().backward()
+    reached = {name for name, p in own.model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    kept = [f"layers.{i}." for i in subnet.layers]
+    wanted = {
+        name for name in own.weights
+        if not name.startswith(("layers.", "embeddings.pairs.")) or name.startswith((*kept, "embeddings.pairs.8_8."))
+    }  # fmt: skip
+    assert {name for name in wanted if "key.second.bias" not in name} <= reached <= wanted, "a key's bias cancels, but for rounding"
+    assert subnet.layers == (0, 2)
+    before = dict(aware.quantizer.ranges)
+    aware.quantizer.follow()
+    moved = {name for name, value in aware.quantizer.ranges.items() if before.get(name) != value}
+    assert {"layers.0.q", "layers.2.q", "layers.2.up.middle", "tokens"} <= moved, "of the layers of the largest network"
+    assert not any(name.startswith("layers.1.") for name in moved)
+    assert not any(name.endswith(tuple(f".{part}" for part in IN_SUMS)) for name in moved)
+
+
+def test_ranges_stay_as_they_are_where_nothing_is_trained(case):
+    quantized = ProgramQuantizer({"tokens": (-1.0, 2.0)})
+    x = torch.tensor([[-3.0, 0.01, 5.0]], requires_grad=True)
+    with torch.no_grad():
+        found = quantized.see("tokens", x)
+    quantized.follow()
+    assert quantized.ranges == {"tokens": (-1.0, 2.0)}
+    grid = calibrated.Grid.covering(-1.0, 2.0)
+    np.testing.assert_allclose(found, (grid.bytes(x.detach().numpy()).astype(int) - grid.zero) * grid.scale, atol=1e-6)
+    quantized.see("tokens", x).sum().backward()
+    assert x.grad.tolist() == [[0.0, 1.0, 0.0]], "none beyond the range"
+    quantized.follow()
+    assert quantized.ranges["tokens"] == pytest.approx((0.9 * -1 + 0.1 * -3, 0.9 * 2 + 0.1 * 5))
+
+
+# ---------------------------------------------------------------------------------------------- what programs gain
+
+
+SIDE, KINDS = 8, 4
+MEAN, DEVIATION = (0.5,), (0.25,)
+
+
+def pictures(samples: int, seed: int) -> Split:
+    """Bytes: stripes of a kind each, under noise."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(KINDS, size=samples)
+    rows, columns = np.mgrid[:SIDE, :SIDE]
+    kinds = np.stack([(rows // 2) % 2, (columns // 2) % 2, ((rows + columns) // 2) % 2, ((rows - columns) // 2) % 2])
+    pixels = 128 + 40 * (kinds[labels] - 0.5) + 40 * rng.standard_normal((samples, SIDE, SIDE))
+    preprocessor = Preprocessor(
+        Preprocessing(modality="image", inputs=("pixel_values",), channels=1, resize=(SIDE, SIDE), mean=MEAN, std=DEVIATION), {}
+    )
+    stored = {"pixel_values": np.clip(pixels, 0, 255).astype(np.uint8)[:, None]}
+    return Split(f"s{seed}", stored, labels.astype(np.int64), np.zeros((samples, 32), np.uint8), f"digest-{seed}", preprocessor)
+
+
+def trained(folder, aware: int) -> tuple[finetune.Job, Target]:
+    """A network with channels so large that bytes of the residual stream hold little of the others, after some epochs."""
+    config = McuVitConfig(
+        image_size=SIDE, patch_sizes=(4,), num_channels=1, hidden_size=16, hidden_sizes=(16,), num_hidden_layers=2, depths=(1, 2),
+        num_attention_heads=2, head_dim=8, intermediate_size=32, widths=(32,), ranks=(4, 16), num_labels=KINDS,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    net = Supernet(FAMILY, FAMILY.create(config))
+    with torch.no_grad():
+        net.model.embeddings.pairs["8_4"].position[:, :2] = torch.tensor([OUTLIER, -OUTLIER])
+    target = Target(device="d", backend="made-up", workload=FAMILY.workload(config, 1, 0))
+    space = network.search_space(FAMILY, config, Backend(), target, "m", (0, 1), ("int8",))
+    settings = FinetuneSettings(batch_size=32, supernet_learning_rate=5e-3, patience=100, weight_decay=0.0)
+    recipe = plugins.get("recipes", "bignas")
+    folder.mkdir()
+    job = finetune.Job(
+        net=net, space=space, recipe=recipe, terms=finetune.terms_of(TASK, recipe, settings), settings=settings, train=pictures(512, 1),
+        validation=pictures(256, 2), metric="accuracy", epochs=12, folder=folder, seed=1, aware_epochs=aware, keep_best=False,
+    )  # fmt: skip
+    finetune.train(job, Silent())
+    return job, target
+
+
+OUTLIER = 40.0
+
+
+def program_loss(job: finetune.Job, target: Target, point) -> float:
+    """Cross-entropy of a candidate's integer program on validation."""
+    weights = {name: p.detach().numpy() for name, p in job.net.model.named_parameters()}
+    net = programs.network_of(FAMILY, job.net.config, job.space, point, target, weights, MEAN, DEVIATION)
+    program = programs.lower(net, calibrated.observe(net, [job.train.arrays()["pixel_values"][:128]]), "blocks")
+    images = program.structure.pixels.quantize(job.validation.arrays()["pixel_values"])
+    logits = np.stack([interpreter.run(program, image) for image in images]) * program.structure.logits.scale
+    return float(torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(job.validation.labels)))
+
+
+def test_programs_lose_less_after_it(tmp_path):
+    found = {}
+    for aware in (0, 6):
+        job, target = trained(tmp_path / str(aware), aware)
+        for name, point in (("largest", spaces.uniform(job.space)), ("smallest", spaces.quantized(job.space, spaces.smallest(job.space)))):
+            found[name, aware] = program_loss(job, target, point)
+    assert found["largest", 6] < 0.8 * found["largest", 0]
+    assert found["smallest", 6] < found["smallest", 0]
+
