@@ -167,8 +167,8 @@ def canary(table: LatencyTable, model: str = "", run: Path | None = None, progre
         space, work = context.space_of(context.config, ()), Path(scratch) / "canary"
         if context.transport:
             return RemoteDevice(table.target, progress).canary(table, context.family, context.config, space, work, recipe.seed)
-        ratio: float = context.profiler.canary(table, context.family, context.config, space, context.backend, context.device, work, recipe.seed)
-        return ratio
+        parts = (context.family, context.config, space, context.backend, context.device)
+        return float(context.profiler.canary(table, *parts, work, recipe.seed))
 
 
 def _build_elsewhere(context: Context, searched: Evaluation, folder: Path, precision: str) -> Path:

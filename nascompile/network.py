@@ -73,7 +73,8 @@ def shared_space(
     if not used:
         raise UnsupportedError(
             f"none of the precisions to search can be run: {', '.join(precisions) or 'none given'}",
-            detail="\n".join(f"{backend.name}: {backend.supports(FLOAT32)}" for backend in backends), hint=f'search.precisions = ["{INT8.name}"]',
+            detail="\n".join(f"{backend.name}: {backend.supports(FLOAT32)}" for backend in backends),
+            hint=f'search.precisions = ["{INT8.name}"]',
         )  # fmt: skip
     legal = tuple(tuple(name for name, p in used.items() if p == FLOAT32 or not backend.supports(p)) for backend in backends)
     return SearchSpace(

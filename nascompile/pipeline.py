@@ -707,7 +707,9 @@ class Context:
         """(name, role, weights, candidate) of every engine of the run, whatever the device."""
         front, reference = load(self.out / "front.json", Front), load(self.out / "baseline.json", Score)
         chosen = rerank.select(front, reference, self.recipe.measure.top_k, self.recipe.measure.safety)
-        plain = [(rerank.BASELINE, "baseline", "baseline", largest(self.space)), (rerank.UNIFORM, "uniform", "baseline", uniform(self.space))]
+        plain = [
+            (rerank.BASELINE, "baseline", "baseline", largest(self.space)), (rerank.UNIFORM, "uniform", "baseline", uniform(self.space)),
+        ]  # fmt: skip
         return [
             *(plain if self.chip is None else self._fitting(plain[1:])),
             *((f"candidate-{n}", "candidate", "supernet", e.candidate) for n, e in enumerate(chosen, 1)),
@@ -754,6 +756,8 @@ class Context:
         """The engine of a candidate: as it comes, or the best of its variants where the recipe asks for a comparison."""
         if not self.compares:
             return build.build(parts, source, point, name, role, predicted, folder)
+        if self.chip:
+            program_runs.check_variants(self.recipe, self.target)
         ranges = source.evaluator.ranges(point)
         target, tried = self._compare(parts, source, point, ranges, predicted)
         self.progress.note(f"{name}: {variants.describe(tried)}")

@@ -66,8 +66,8 @@ class Project:
         found = {}
         for number, operator in enumerate(blocks):
             at = f"blocks.{number}"
-            parts = (f"{at}.mlp",) if operator.kind == "mlp" else tuple(f"{at}.{n}" for n in ("norm1", "queries", "attention", "projection"))
-            found[operator] = sum(counts.get(part, 0) for part in parts)
+            parts = ("mlp",) if operator.kind == "mlp" else ("norm1", "queries", "attention", "projection")
+            found[operator] = sum(counts.get(f"{at}.{part}", 0) for part in parts)
         found |= {o: sum(counts[part] for part in names[o.kind]) for o in self.operators if o not in blocks}
         return found
 

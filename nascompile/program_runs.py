@@ -27,8 +27,8 @@ def check(recipe: Recipe, found: Sequence[Target], backends: Sequence[Any]) -> N
     if others:
         named = " and ".join(f"`{target.device}`" for target in found)
         raise UnsupportedError(
-            f"a search for {named} together is not there yet: `{chips[0].device}` is a microcontroller, whose programs are scored otherwise",
-            hint="search for each alone: with --model RUN/supernet both begin with the same weights",
+            f"a search for {named} together is not there yet: programs for the microcontroller `{chips[0].device}` are scored otherwise",
+            hint="search for each alone",
         )
     if reason := backend.unavailable():
         raise UnsupportedError(f"nothing can be built for `{first.device}` here: {reason}")
@@ -39,14 +39,20 @@ def check(recipe: Recipe, found: Sequence[Target], backends: Sequence[Any]) -> N
             hint=f'search with a profile of the same board with kind = "{COUNTED}", then build one of its candidates: '
             f"`nascompile build RUN --candidate N --device {first.device}`",
         )
-    if recipe.backend == targets.AUTO or recipe.measure.tune_session:
-        what = f"--backend {targets.AUTO}" if recipe.backend == targets.AUTO else "--tune-session"
-        raise UnsupportedError(f"{what} compares ways to run an engine; for `{first.device}` there is one", hint=f"leave {what} out")
+    check_variants(recipe, first)
     if INT8.name not in recipe.search.precisions:
         asked = ", ".join(recipe.search.precisions) or "none"
         raise UnsupportedError(
-            f"programs for `{first.device}` are whole in {INT8.name}: search.precisions are {asked}", hint=f'search.precisions = ["{INT8.name}"]'
+            f"programs for `{first.device}` are whole in {INT8.name}: search.precisions are {asked}",
+            hint=f'search.precisions = ["{INT8.name}"]',
         )
+
+
+def check_variants(recipe: Recipe, target: Target) -> None:
+    """UnsupportedError where engines were to be chosen among variants: there is one way to build for a microcontroller."""
+    if recipe.backend == targets.AUTO or recipe.measure.tune_session:
+        what = f"--backend {targets.AUTO}" if recipe.backend == targets.AUTO else "--tune-session"
+        raise UnsupportedError(f"{what} compares ways to run an engine; for `{target.device}` there is one", hint=f"leave {what} out")
 
 
 def check_family(family: Family, backend: Any) -> None:
@@ -55,7 +61,6 @@ def check_family(family: Family, backend: Any) -> None:
         raise UnsupportedError(
             f"no microcontroller program for the family {family.name}", hint=f"families with one: {', '.join(programs.FAMILIES)}"
         )
-
 
 
 def too_large(taken: Taken, chip: Chip) -> str:

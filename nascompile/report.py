@@ -72,7 +72,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 ASSETS = Path(__file__).with_name("report_assets")
-WRITERS found.filters |= {
+WRITERS = {
     "table.json": "profile", "front.json": "search", "journal.jsonl": "search", "engines": "build", "agreement.json": "measure",
     "measurements": "measure", "correction.json": "rerank", "choice.json": "rerank", "test.json": "rerank",
 }  # fmt: skip
@@ -1018,7 +1018,8 @@ def _templates(*, html: bool) -> Any:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False,
     )  # fmt: skip
     found.filters |= {
-        "number": number, "signed": signed, "file_size": file_size, "count_si": count, "duration": duration, "interval": _interval, "of_limit": _of_limit,
+        "number": number, "signed": signed, "file_size": file_size, "count_si": count, "duration": duration, "interval": _interval,
+        "of_limit": _of_limit,
         "latency": _latency, "rate": _rate, "times": _times, "score": _score, "plain": _plain_value, "code": _code,
         "verbatim": Code, "agreement": _agreement_words, "balance": _balance,
     }  # fmt: skip

@@ -200,7 +200,8 @@ def test_a_budget_that_nothing_keeps_names_the_nearest(run):
     fast = msgspec.structs.replace(recipe(), budgets=Budgets(latency_ms=0.001))
     context = pipeline.Context(fast, run, pipeline.Silent(), pipeline.Given())
     context.done = {}
-    with pytest.raises(BudgetError, match="no candidate meets the budget: latency_ms ≤ 0.001, memory_mb ≤ 0.016384 .all the RAM") as caught:
+    says = r"no candidate meets the budget: latency_ms ≤ 0\.001, memory_mb ≤ 0\.016384 \(all the RAM"
+    with pytest.raises(BudgetError, match=says) as caught:
         context._search()
     assert "nearest: " in caught.value.detail
     assert caught.value.hint.startswith("raise `--latency-ms` to ")

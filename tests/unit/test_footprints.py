@@ -40,7 +40,9 @@ def test_footprints_are_those_of_the_plan(mcu_tools, device, ram, flash):
     footprints, rng, seen = Footprints(board), np.random.default_rng(2), set()
     for _ in range(25):
         shape = shape_of(rng)
-        program, planned = transformer.fitting(lambda fusion: transformer.build("x", shape, transformer.SizesOnly(), fusion), board)
+        program, planned = transformer.fitting(
+            lambda fusion, shape=shape: transformer.build("x", shape, transformer.SizesOnly(), fusion), board
+        )
         found = footprints.of(shape)
         assert (found.ram, found.flash) == (planned.footprint.ram, planned.footprint.flash)
         repeated = any(getattr(op.kernel, "heads", ()) and op.kernel.norm for op in program.structure.operations)
