@@ -126,7 +126,7 @@ def of_torch(module: Any, image: tuple[int, int, int], mean: Iterable[float], de
         if type(part) is nn.Sequential:
             continue
         if next(part.children(), None) is not None:
-            raise UnsupportedError(f"{name or 'the network'} ({type(part).__name__}) has a forward of its own", hint="nn.Sequential has none")
+            raise UnsupportedError(f"{name or 'the network'} ({type(part).__name__}) has a forward of its own", hint="use nn.Sequential")
         reader.read(name, part)
     if reader.head is None:
         raise UnsupportedError("the network has no classifier at its end", hint=f"modules that have a program: {KNOWN}")
@@ -180,7 +180,7 @@ class _Reader:
             "padding_mode": part.padding_mode != "zeros", **{name: len(set(getattr(part, name))) > 1 for name in sizes},
         }  # fmt: skip
         if faults := [name for name, bad in wrong.items() if bad]:
-            raise UnsupportedError(f"{said} has a {faults[0]} that has no kernel: {getattr(part, faults[0])}", hint="square, plain ones have")
+            raise UnsupportedError(f"{said} has a {faults[0]} without a kernel: {getattr(part, faults[0])}", hint="plain square ones have")
         kernel, stride, pad = (int(getattr(part, name)[0]) for name in sizes)
         kind: Literal["conv", "depthwise"] = "depthwise" if depthwise else "conv"
         self.stages.append(Stage(kind=kind, channels=part.out_channels, kernel=kernel, stride=stride, pad=pad))
@@ -269,7 +269,7 @@ def forward(network: Network, images: Array, see: Callable[[str, Array], None] =
 
 
 def lower(network: Network, ranges: Ranges, sample: Array | None = None) -> p.Program:
-    """The calibrated program; `sample`: (channels, height, width) normalized, that its project shows. UnsupportedError where it has none."""
+    """The calibrated program; `sample`: (channels, height, width) normalized, that its project shows. UnsupportedError if it has none."""
     shape, pixels = network.shape, network.pixels()
     network, x = _of_bytes(network)
     building = _Building(network)

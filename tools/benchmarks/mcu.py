@@ -12,7 +12,7 @@ Needs gcc-arm-none-eabi and qemu-system-arm. Cells:
 - `plans`: a vision transformer of 224 x 224 pixels, random weights, in three plans: every tensor in a place of its own, results over what
   they replace, fused operators. Each is built; one that the device has no room for, on a larger one.
 - `fashion-320k`, `fashion-64k`: networks for 320 KB of SRAM and 1 MB of flash, and for 64 KB and 256 KB. FOLDER (--runs) holds the runs
-  `searched-320k` and `searched-64k` of `nascompile run --device stm32f746` and `--device m7_64k` (in this folder, where its profile is), and
+  `searched-320k` and `searched-64k` of `nascompile run --device stm32f746` and `--device m7_64k` (in this folder, which has it), and
   what mcu_rivals.py has trained: `hand-320k.safetensors`, `cnn-320k.safetensors`, ... What is not there is said.
 
 Instructions are exact counts in QEMU; cycles and milliseconds are modelled from them; RAM and flash are the linker's. Accuracies of engines
@@ -32,14 +32,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE)]
 from microcontroller import kernels, peer, plans
 
 from nascompile.backends import mcu_c
 from nascompile.mcu import board as boards, toolchain
 from nascompile.records import digest, file_digest, write_atomic
 
+HERE = Path(__file__).resolve().parent
 CELLS = ("kernels", "tvm", "plans", "fashion-320k", "fashion-64k")
 EXACT, MODELLED = "exact instructions in QEMU", f"modelled cycles: {boards.CYCLE_MODEL}"
 LABELS = {
@@ -168,7 +167,8 @@ def _show_plans(cell: Mapping[str, Any]) -> None:
 
 
 def _show_networks(cell: Mapping[str, Any]) -> None:
-    print(f"  {cell['device']}; RAM and flash by the linker; {EXACT}, mean of the images compared; {MODELLED}")
+    if cell["rows"]:
+        print(f"  {cell['device']}; RAM and flash by the linker; {EXACT}, mean of the images compared; {MODELLED}")
     for row in cell["rows"]:
         print(
             f"  {row['network']:9} {row['accuracy_engine']:6.2f} % as INT8, {row['accuracy_fp32']:6.2f} % in FP32 of {row['test_images']:,}"

@@ -170,7 +170,7 @@ def network(
     """What a stored rival's program is made of, and the float module; `mean` and `deviation` of pixels from 0 to 1."""
     module = untrained(rival, samples.image, samples.classes)
     with safe_open(path, "pt") as stored:
-        module.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118: no dictionary
+        module.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
     module.eval()
     pool = samples.train[0].shape[2] // samples.image[0]
     if not isinstance(module, Vit):

@@ -164,15 +164,15 @@ def _calibrated(
         ranges = observe(own, _batches(calibration, CALIBRATION_BATCH), share)
         program = lower(own, ranges, board, sample)
         with tempfile.TemporaryDirectory() as folder:
-            made = projects.build(program, board, Path(folder))
-            right = score(made, program, validation.take(np.arange(min(VALIDATION, len(validation)))), jobs)
+            made = projects.build(program, board, Path(folder), here_only=True)
+            right = score(made, validation.take(np.arange(min(VALIDATION, len(validation)))), jobs)
         tried.append((right, -len(tried), program, f"{100 * share:g} % of values"))
     best = max(tried, key=lambda one: one[:2])
     return best[2], best[3]
 
 
 def observe(own: calibrated.Network | convolutional.Network, batches: Iterator[npt.NDArray[Any]], share: float) -> calibrated.Ranges:
-    """Means over batches of the values that a share of a tensor's values is not beyond, at each end; of all: the lowest and highest of all."""
+    """Means over batches of the values that a share of a tensor's values is not beyond, at each end; of all of them: the extremes."""
     module: Any = convolutional if isinstance(own, convolutional.Network) else calibrated
     if share == 1.0:
         ranges: calibrated.Ranges = module.observe(own, batches)
@@ -185,7 +185,8 @@ def observe(own: calibrated.Network | convolutional.Network, batches: Iterator[n
 
     for images in batches:
         module.forward(own, images, see)
-    return {name: tuple(np.mean(pairs, 0)) for name, pairs in seen.items()}
+    means = {name: np.mean(pairs, 0).tolist() for name, pairs in seen.items()}
+    return {name: (low, high) for name, (low, high) in means.items()}
 
 
 def lower(own: calibrated.Network | convolutional.Network, ranges: calibrated.Ranges, board: Any, sample: npt.NDArray[Any]) -> Program:
@@ -200,9 +201,9 @@ def _batches(split: Split, size: int) -> Iterator[npt.NDArray[Any]]:
         yield np.asarray(inputs["pixel_values"], np.float64)
 
 
-def score(made: projects.Project, program: Program, split: Split, jobs: int) -> float:
+def score(made: projects.Project, split: Split, jobs: int) -> float:
     """Per cent of a split that the build for this computer gets right."""
-    pixels = program.structure.pixels.quantize(split.arrays()["pixel_values"])
+    pixels = made.program.structure.pixels.quantize(split.arrays()["pixel_values"])
     return _right(projects.hosted(made, pixels, jobs), split.labels)
 
 

@@ -62,9 +62,11 @@ def measure(python: str) -> list[dict[str, Any]]:
             form, _, schedule = name.partition("-")
             peer = Path(scratch) / f"{name}.o"
             subprocess.run(["arm-none-eabi-objcopy", "--globalize-symbol=linear_compute_", str(peer)], check=True)
-            stored = weight.astype(np.int16) if schedule.startswith("halves") else weight
-            buffers = (run.Buffer(x), run.Buffer(stored), run.Buffer(np.stack([bias, multiplier])))
-            call = run.Call("peer", (), buffers, len(wanted[form]))
+            more = [np.stack([bias, multiplier]), np.zeros((TOKENS, OUTPUTS), np.int32)] if form == "int8" else []
+            halves = schedule.startswith("halves")
+            more += [np.zeros((TOKENS, INPUTS), np.int16)] if halves else []
+            stored = weight.astype(np.int16) if halves else weight
+            call = run.Call("peer", (), tuple(map(run.Buffer, (x, stored, *more))), len(wanted[form]))
             [result] = run.in_qemu(run.build_target(Path(scratch), peer=peer), [call])
             if result.output.tobytes() != wanted[form]:
                 raise SystemExit(f"error: TVM's schedule {schedule} gives other {form}")

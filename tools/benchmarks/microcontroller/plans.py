@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ SHAPE = transformer.Shape.uniform((224, 224, 3), 16, 96, 6, 3, 288, 100)
 """168 million multiply-accumulates."""
 DEVICE, LARGER = "stm32f746", ("stm32h743",)
 """Where the plans are to fit, and boards for one that does not, smallest first."""
-PLANS: tuple[tuple[str, transformer.Fusion, dict[str, Any]], ...] = (
+Plan = tuple[str, transformer.Fusion, dict[str, Any]]
+"""Name, fusion, how it is placed."""
+PLANS: tuple[Plan, ...] = (
     ("naive", "none", {"overlay": False}),
     ("in place", "none", {}),
     ("fused", "blocks", {"smallest": True}),
-    ("fused, largest tiles that fit", "blocks", {}),
     ("fused, normalized again by each head", "all", {"smallest": True}),
 )
 IMAGES = 2
@@ -44,7 +46,9 @@ def made_up(shape: transformer.Shape, seed: int) -> calibrated.Network:
     return calibrated.Network(shape, parameters, epsilon=1e-6, mean=(0.5,) * channels, deviation=(0.25,) * channels)
 
 
-def measure(jobs: int, shape: transformer.Shape = SHAPE, device: str = DEVICE, larger: tuple[str, ...] = LARGER) -> list[dict[str, Any]]:
+def measure(
+    jobs: int, shape: transformer.Shape = SHAPE, device: str = DEVICE, larger: tuple[str, ...] = LARGER, plans: Sequence[Plan] = PLANS
+) -> list[dict[str, Any]]:
     """A row a plan, the same network and images in all."""
     net, rng = made_up(shape, 1), np.random.default_rng(2)
     height, width, channels = shape.image
@@ -52,7 +56,7 @@ def measure(jobs: int, shape: transformer.Shape = SHAPE, device: str = DEVICE, l
     normalized = (images - np.reshape(net.mean, (-1, 1, 1))) / np.reshape(net.deviation, (-1, 1, 1))
     ranges = calibrated.observe(net, [normalized])
     found = []
-    for name, fusion, placing in PLANS:
+    for name, fusion, placing in plans:
         program = lower(net, ranges, fusion, normalized[0])
         with tempfile.TemporaryDirectory() as folder:
             made, refused = _built(program, (device, *larger), Path(folder) / name, placing)

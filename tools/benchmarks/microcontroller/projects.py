@@ -1,11 +1,13 @@
-"""Programs really built for a board: bytes of QEMU, this computer and the definition compared, memory by the linker, instructions counted."""
+"""Programs really built for a board: bytes of QEMU, this computer and the definition compared, memory as linked, instructions counted."""
 
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +42,30 @@ def board_of(device: str) -> boards.Board:
     return boards.of_settings(device, dict(target.session))
 
 
-def build(program: programs.Program, board: boards.Board, folder: Path, **placing: Any) -> Project:
-    """Written and compiled; BudgetError for what the board has no room for. The plan is checked by what shares no code with the planner."""
+def build(program: programs.Program, board: boards.Board, folder: Path, *, here_only: bool = False, **placing: Any) -> Project:
+    """Written and compiled; BudgetError for what the board has no room for. The plan is checked by what shares no code with the planner.
+
+    `here_only`: for this computer alone.
+    """
     planned = project.place(program.structure, board, **placing)
     if faults := plan_check.faults(programs.demand(program.structure), planned.plan):
         raise SystemExit(f"error: the memory plan is wrong: {faults[0]}")
     sample = np.zeros(program.structure.image, np.int8) if program.sample is None else program.sample
     project.write(folder, program, planned, board, sample, interpreter.run(program, sample))
-    toolchain.make(folder, "firmware.elf")
     toolchain.make(folder, "firmware_host", FASTER_HOST)
+    if not here_only:
+        objects = Path(_objects(board.core.name).name)
+        shutil.copytree(objects, folder / "build", copy_function=shutil.copy, dirs_exist_ok=True)  # newer than their sources
+        toolchain.make(folder, "firmware.elf")
+        for part in ("kernels", "firmware"):
+            shutil.copytree(folder / "build" / part, objects / part, dirs_exist_ok=True)
     return Project(program, board, planned, folder)
+
+
+@cache
+def _objects(core: str) -> tempfile.TemporaryDirectory[str]:
+    """Where compiled kernels and firmware are kept while this process lives: they are the same in all projects for a core."""
+    return tempfile.TemporaryDirectory(prefix=f"{core}-objects-")
 
 
 def hosted(made: Project, images: Bytes, jobs: int) -> npt.NDArray[np.uint8]:
@@ -103,7 +119,7 @@ def _interpreted(program: programs.Program, images: Bytes) -> npt.NDArray[np.uin
     return np.stack([np.ascontiguousarray(interpreter.run(program, image)).reshape(-1).view(np.uint8) for image in images])
 
 
-def scores(made: Project, outputs: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
+def scores(outputs: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
     """Class scores (n, classes) of output bytes."""
     return np.ascontiguousarray(outputs).view(np.int32)
 
