@@ -91,7 +91,7 @@ class Rival:
 
 RIVALS = {
     "hand-320k": Rival("vit", {"patch": 4, "width": 96, "depth": 9, "heads": 3, "hidden": 192}),
-    "hand-64k": Rival("vit", {"patch": 4, "width": 64, "depth": 5, "heads": 2, "hidden": 128}),
+    "hand-64k": Rival("vit", {"patch": 4, "width": 64, "depth": 6, "heads": 2, "hidden": 128}),
     "cnn-320k": Rival("cnn", {"stem": 32, "blocks": [[64, 1], [128, 2], [128, 1], [256, 2], [256, 1], [256, 1]]}),
     "cnn-64k": Rival("cnn", {"stem": 16, "blocks": [[32, 2], [64, 1], [64, 1], [128, 2], [128, 1]]}),
 }
