@@ -135,7 +135,7 @@ class Resident:
         """None on a CPU, and for what are no images or too many."""
         if device.type == "cpu" or split.preprocessor.settings.modality != "image":
             return None
-        [(name, stored)] = split.inputs.items()
+        [stored] = split.inputs.values()
         return cls.on(split, device) if stored.nbytes <= RESIDENT_BYTES else None
 
     @classmethod

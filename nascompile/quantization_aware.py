@@ -99,6 +99,12 @@ class ProgramQuantizer(TrainingQuantizer):
             weight = weight.float()
             return F.linear(x.float(), _straight(weight, on_grid(self._weight, weight)), None if bias is None else bias.float())
 
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows that are stored as bytes, on the grid of their own range."""
+        low, high = (float(end) for end in torch.aminmax(x.detach()))
+        grid = Grid.covering(low, high)
+        return _straight(x, torch.fake_quantize_per_tensor_affine(x.detach().float(), grid.scale, grid.zero, -128, 127))
+
     def see(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """The tensor on its grid; as it is where the fused plans add it up before it is rounded."""
         at, _, part = name.rpartition(".")

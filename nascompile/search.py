@@ -126,10 +126,10 @@ class Pricing:
     @cached_property
     def _segments(self) -> list[tuple[Any, tuple[str, ...]]]:
         groups, known = self.family.groups(self.config), {gene.name for gene in self.space.genes}
-        found = []
-        for segment in self.family.segments(self.config):
-            found.append((segment, tuple(gene for gene in network.genes_of(self.family, groups, segment) if gene in known)))
-        return found
+        return [
+            (segment, tuple(gene for gene in network.genes_of(self.family, groups, segment) if gene in known))
+            for segment in self.family.segments(self.config)
+        ]
 
     @cached_property
     def _known(self) -> dict[tuple[Any, ...], Node]:

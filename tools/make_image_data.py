@@ -183,7 +183,8 @@ def main() -> None:
     for split, rows in unlike({split: made[split] for split in order}).items():
         shuffled = [rows[i] for i in rng.permutation(len(rows))]
         write(arguments.out / f"{split}.parquet", shuffled)
-        print(f"{split}: {len(rows):,} images, {len(made[split]) - len(rows)} left out; {dict(sorted(Counter(c for _, c in rows).items()))}")
+        counts = dict(sorted(Counter(label for _, label in rows).items()))
+        print(f"{split}: {len(rows):,} images, {len(made[split]) - len(rows)} left out; {counts}")
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: McuVitConfig, number: int) -> None:
         super().__init__()
-        layer = _largest_layer(config, number)
+        layer = _layer(config, *_sizes(config, number))
         inner, hidden = layer.inner, config.hidden_size
         extracted = bool(config.layer_ranks)
         self.attention = Attention(config, inner, layer.factors(hidden, inner) if extracted else hidden)
@@ -216,13 +216,13 @@ def _sizes(config: McuVitConfig, number: int) -> tuple[int, int, int]:
     return config.num_attention_heads, config.intermediate_size, config.hidden_size
 
 
-def _largest_layer(config: McuVitConfig, number: int) -> Layer:
-    heads, width, rank = _sizes(config, number)
-    return _layer(config, heads, width, rank, config.hidden_size)
+def _layer(config: McuVitConfig, heads: int, width: int, rank: int) -> Layer:
+    return Layer(heads=heads, head_width=config.head_dim, hidden=width, rank=rank if rank < config.hidden_size else 0)
 
 
-def _layer(config: McuVitConfig, heads: int, width: int, rank: int, largest: int) -> Layer:
-    return Layer(heads=heads, head_width=config.head_dim, hidden=width, rank=rank if rank < largest else 0)
+def _kept(config: McuVitConfig, values: Mapping[str, int], number: int | None) -> Layer:
+    """What a sub-network keeps of a layer."""
+    return _layer(config, *(values[f"layers.{number}.{gene}"] for gene in ("heads", "width", "rank")))
 
 
 # ---------------------------------------------------------------------------------------------- one network of many
@@ -270,7 +270,7 @@ def described(config: McuVitConfig, weights: Mapping[str, Any], layers: tuple[in
     parameters["class_token"] = weights["embeddings.class_token"][:hidden]
     shapes = []
     for number, i in enumerate(layers):
-        layer = _layer(config, *(values[f"layers.{i}.{gene}"] for gene in ("heads", "width", "rank")), config.hidden_size)
+        layer = _kept(config, values, i)
         sizes = {"query": (layer.inner, hidden), "out": (hidden, layer.inner), "up": (layer.hidden, hidden), "down": (hidden, layer.hidden)}
         for part, module in PARTS.items():
             if part.startswith("norm"):
@@ -291,7 +291,8 @@ def run(
     model: McuVitForImageClassification, images: torch.Tensor, layers: tuple[int, ...], values: Mapping[str, int],
     linear: Linear = torch_forward.plain,
 ) -> torch.Tensor:  # fmt: skip
-    """Logits (batch, labels). A `linear` with a method `see` gets every product and every tensor, else only products within layers."""
+    """Logits (batch, labels). A `linear` with a method `see` gets every product and every tensor, else products within layers; one with
+    a method `rows` the positions of patches, which a program adds as bytes of their own."""
     found = described(model.config, dict(model.named_parameters()), layers, values)
     see = getattr(linear, "see", None)
 
@@ -301,6 +302,9 @@ def run(
         result: torch.Tensor = linear(found.names[name], x, weight, bias)
         return result
 
+    if rows := getattr(linear, "rows", None):
+        first, others = found.parameters["position"].split((1, found.shape.patches))
+        found.parameters["position"] = torch.cat([first, rows(others)])
     epsilon = model.config.layer_norm_eps
     return torch_forward.forward(found.shape, found.parameters, images, epsilon, product=product, see=see or torch_forward.same)
 
@@ -315,7 +319,7 @@ def _image_and_patch(config: McuVitConfig, values: Mapping[str, int]) -> tuple[i
 class McuVit:
     name = "mcu_vit"
     described = staticmethod(described)
-    model_types = (McuVitConfig.model_type,)
+    model_types: tuple[str, ...] = (McuVitConfig.model_type,)
     config_class = McuVitConfig
     reads_first_token = True
     accepts = ("program",)
@@ -424,7 +428,7 @@ class McuVit:
             shapes = {"norm.weight": (hidden,), "norm.bias": (hidden,)}
             shapes |= {"classifier.weight": (config.num_labels, hidden), "classifier.bias": (config.num_labels,)}
         else:
-            layer = _layer(config, *(values[f"layers.{segment.layer}.{g}"] for g in ("heads", "width", "rank")), config.hidden_size)
+            layer = _kept(config, values, segment.layer)
             shapes = {f"{segment.module}.norm.{kind}": (hidden,) for kind in ("weight", "bias")}
             inside = layer.inner if segment.kind == "attention" else layer.hidden
             for part in MAPS[segment.kind]:
@@ -447,18 +451,19 @@ class McuVit:
         sequence = 1 if first and segment.kind != "attention" else tokens(image, patch)
         common = (("batch", workload.batch), ("sequence", sequence), ("hidden", hidden))
         if segment.kind == "embedding":
-            dims = (*common, ("channels", config.num_channels), ("patch", patch), ("image", image))
-            return Operator(kind="embedding", dims=dims, attributes=(("input", "image"),), precision=precision)
+            own = (("channels", config.num_channels), ("patch", patch), ("image", image))
+            return Operator(kind="embedding", dims=(*common, *own), attributes=(("input", "image"),), precision=precision)
         if segment.kind == "head":
-            dims = (*common, ("labels", config.num_labels))
-            return Operator(kind="head", dims=dims, attributes=(("modules", 1),), precision=precision)
-        layer = _layer(config, *(values[f"layers.{segment.layer}.{g}"] for g in ("heads", "width", "rank")), config.hidden_size)
+            return Operator(kind="head", dims=(*common, ("labels", config.num_labels)), attributes=(("modules", 1),), precision=precision)
+        layer = _kept(config, values, segment.layer)
         inside = layer.inner if segment.kind == "attention" else layer.hidden
         rank = layer.factors(hidden, inside)
         low = (("rank", rank),) if rank else ()
         if segment.kind == "mlp":
-            dims = (*common, ("width", layer.hidden), *low)
-            return Operator(kind="mlp", dims=dims, attributes=(("activation", "gelu"), ("norm", "pre")), precision=precision)
+            return Operator(
+                kind="mlp", dims=(*common, ("width", layer.hidden), *low), attributes=(("activation", "gelu"), ("norm", "pre")),
+                precision=precision,
+            )  # fmt: skip
         return Operator(
             kind="attention", dims=(*common, ("heads", layer.heads), ("head_dim", layer.head_width), *low),
             attributes=(("mask", 0), ("norm", "pre"), *((("out", "first token"),) if first else ())), precision=precision,
@@ -520,8 +525,7 @@ class McuVit:
         """Drop layers and the kernels of other images and patches; multiply out what is whole."""
         config, hidden = model.config, values["hidden"]
         image, patch = _image_and_patch(config, values)
-        kept = [tuple(values[f"layers.{i}.{gene}"] for gene in ("heads", "width", "rank")) for i in layers]
-        own = [_layer(config, *sizes, config.hidden_size) for sizes in kept]
+        own = [_kept(config, values, i) for i in layers]
         model.embeddings.pairs = nn.ModuleDict({(name := pair_name(image, patch)): model.embeddings.pairs[name]})
         model.layers = nn.ModuleList(model.layers[i] for i in layers)
         for block, layer in zip(model.layers, own, strict=True):

@@ -67,14 +67,15 @@ def test_a_configuration_without_weights_is_a_network_too(tmp_path):
     folder.mkdir()
     sizes = {"model_type": "mcu_vit", "image_size": 16, "num_channels": 1, "hidden_size": 64, "num_hidden_layers": 4, "patch_sizes": [4]}
     (folder / "config.json").write_text(json.dumps(sizes))
-    (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 16, "width": 16}, "image_mean": [0.2], "image_std": [0.4]}))
+    pixels = {"size": {"height": 16, "width": 16}, "image_mean": [0.2], "image_std": [0.4]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
     pipeline.run(recipe(str(folder), source), out, until="data")
     config = models.read_config(out / "model")
     assert (config.hidden_size, config.num_hidden_layers, config.patches) == (64, 4, (4,))
     assert data.load_manifest(out / "data").head == "new"
     assert data.open_split(out / "data", "train").preprocessor.settings.mean == (0.2,)
     (folder / "config.json").write_text(json.dumps(sizes | {"patch_sizes": [5]}))
-    with pytest.raises(ModelError, match="the mcu_vit family cannot take .*: image size 16 is not a whole number of patches of 5"):
+    with pytest.raises(ModelError, match=r"the mcu_vit family cannot take .*: image size 16 is not a whole number of patches of 5"):
         pipeline.run(recipe(str(folder), source), tmp_path / "other", until="data")
     (folder / "config.json").write_text("{")
     assert not models.is_description(str(folder))

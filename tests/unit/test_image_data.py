@@ -36,7 +36,8 @@ def archive(path: Path) -> str:
     rng = np.random.default_rng(0)
     with tarfile.open(path, "w:xz") as tar:
         for i in range(60):
-            for folder, name in (("dngn/floor", f"stone{'abcdefghij'[i % 10]}{'xyzuvw'[i // 10]}"), ("mon/animals", f"beast_{chr(97 + i % 26)}{i // 26 * 'z'}")):
+            word = f"{'abcdefghij'[i % 10]}{'xyzuvw'[i // 10]}"
+            for folder, name in (("dngn/floor", f"stone_{word}"), ("mon/animals", f"beast_{word}")):
                 for frame in range(2):
                     pixels = np.zeros((32, 32, 4), np.uint8)
                     middle = slice(None) if folder.startswith("dngn") else slice(8, 24)

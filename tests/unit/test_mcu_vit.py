@@ -21,10 +21,11 @@ from nascompile.supernet import Supernet, extract
 torch.set_num_threads(1)
 
 FAMILY = mcu_vit.PLUGIN
-MEAN, DEVIATION = (0.3, 0.5, 0.4), (0.2, 0.3, 0.25)
+MEAN, DEVIATION = (0.3, 0.5, 0.4), (0.25, 0.25, 0.25)
 SIZES = {
-    "image_size": 16, "image_sizes": (8, 16), "patch_sizes": (4, 8), "hidden_size": 32, "hidden_sizes": (16, 24, 32), "num_hidden_layers": 3,
-    "depths": (2, 3), "num_attention_heads": 3, "head_dim": 8, "intermediate_size": 48, "widths": (20, 48), "ranks": (4, 8, 32),
+    "image_size": 16, "image_sizes": (8, 16), "patch_sizes": (4, 8), "hidden_size": 32, "hidden_sizes": (16, 24, 32),
+    "num_hidden_layers": 3, "depths": (2, 3), "num_attention_heads": 3, "head_dim": 8,
+    "intermediate_size": 48, "widths": (20, 48), "ranks": (4, 8, 32),
     "num_labels": 5,
 }  # fmt: skip
 
@@ -139,7 +140,7 @@ def test_operators_of_the_whole_default_space_are_few_and_found_fast():
     began = time.perf_counter()
     found = network.operators(FAMILY, config, space, target)
     assert time.perf_counter() - began < 20
-    assert len(found) == len(set(found)) < 600
+    assert len(found) == len(set(found)) < 650
     assert {o.dim("sequence") for o in found if o.kind == "attention"} == {257, 65, 17, 5}
 
 
@@ -228,11 +229,12 @@ def test_ranks_are_in_operators_only_where_some_map_is_two_factors(case):
         graph = network.graph(FAMILY, case.config, case.space, case.point(**genes), case.target)
         return {node.name: dict(node.operator.dims) for node in graph.nodes}
 
-    assert "rank" not in dims()["layers.0.attention"] and "rank" not in dims()["layers.0.mlp"]
+    assert not any("rank" in own for own in dims().values())
     low = dims(rank=8)
     assert (low["layers.0.attention"]["rank"], low["layers.0.mlp"]["rank"]) == (8, 8)
     mixed = dims(rank=8, hidden=16, heads=2)  # 8 · 32 factors are no fewer than 16 · 16 products
-    assert "rank" not in mixed["layers.0.attention"] and mixed["layers.0.mlp"]["rank"] == 8
+    assert "rank" not in mixed["layers.0.attention"]
+    assert mixed["layers.0.mlp"]["rank"] == 8
     small = dims(image=8, patch=8)
     assert (small["embedding"]["image"], small["embedding"]["patch"], small["layers.0.attention"]["sequence"]) == (8, 8, 2)
     assert dims()["layers.2.mlp"]["sequence"] == dims()["head"]["sequence"] == 1
@@ -259,7 +261,9 @@ def signal_to_noise(program, images, want) -> float:
     return 10 * np.log10((want**2).sum() / ((found - want) ** 2).sum())
 
 
-@pytest.mark.parametrize("genes", [{}, {"rank": 8}, {"rank": 4, "image": 8, "patch": 4, "hidden": 24}, {"patch": 8, "heads": 1, "depth": 2}])
+@pytest.mark.parametrize(
+    "genes", [{}, {"rank": 8}, {"rank": 4, "image": 8, "patch": 4, "hidden": 24}, {"patch": 8, "heads": 1, "depth": 2}]
+)
 @pytest.mark.parametrize("fusion", ["blocks", "all"])
 def test_integers_are_near_the_network(case, genes, fusion):
     net = case.network(case.point(**genes))
@@ -269,8 +273,8 @@ def test_integers_are_near_the_network(case, genes, fusion):
 
 
 def test_what_the_weights_lack_is_named(case):
-    with pytest.raises(ModelError, match="no such parameter: classifier.bias"):
-        weights = {name: value for name, value in case.weights.items() if name != "classifier.bias"}
+    weights = {name: value for name, value in case.weights.items() if name != "classifier.bias"}
+    with pytest.raises(ModelError, match=r"no such parameter: classifier\.bias"):
         programs.network_of(FAMILY, case.config, case.space, case.point(), case.target, weights, MEAN, DEVIATION)
 
 
