@@ -135,7 +135,7 @@ FLAGS = {
         Flag("--latency-ms", "budgets.latency_ms", list[str], "Milliseconds per call; once per device of several.", "[DEVICE=]MS"),
         Flag("--size-mb", "budgets.size_mb", float, "Megabytes of the graph file; of a microcontroller, flash.", "MB"),
         Flag("--macs-m", "budgets.macs_m", float, "Millions of multiply-accumulates per call.", "M"),
-        Flag("--memory-mb", "budgets.memory_mb", float, "Megabytes of weights and live activations, counted; of a microcontroller, RAM.", "MB"),
+        Flag("--memory-mb", "budgets.memory_mb", float, "Megabytes of weights and activations, counted; of a microcontroller, RAM.", "MB"),
     ),
     "Training": (
         Flag("--epochs", "finetune.epochs", int, "Epochs of the super-network.", "N"),

@@ -110,14 +110,14 @@ def refusal(operator: Operator) -> str:
     """Why no kernel takes an operator; empty if one does."""
     dims = dict(operator.dims)
     tokens = dims["sequence"] if operator.kind in ("attention", "embedding") else 1
-    layer = Layer(heads=1, head_width=4, hidden=4)
+    layers: tuple[Layer, ...] = ()
     if operator.kind == "attention":
-        layer = Layer(heads=dims["heads"], head_width=dims["head_dim"], hidden=4, rank=dims.get("rank", 0))
+        layers = (Layer(heads=dims["heads"], head_width=dims["head_dim"], hidden=4, rank=dims.get("rank", 0)),) * 2
     elif operator.kind == "mlp":
-        layer = Layer(heads=1, head_width=4, hidden=dims["width"], rank=dims.get("rank", 0))
+        layers = (Layer(heads=1, head_width=4, hidden=dims["width"], rank=dims.get("rank", 0)),) * 2
     patch = dims.get("patch", 1)
     image = (patch, patch * max(1, tokens - 1), dims.get("channels", 1))
-    shape = Shape(image=image, patch=patch, width=dims["hidden"], layers=(layer, layer), classes=dims.get("labels", 2))
+    shape = Shape(image=image, patch=patch, width=dims["hidden"], layers=layers, classes=dims.get("labels", 2))
     try:
         p.check(build("one", shape, SizesOnly()).structure)
     except UnsupportedError as error:

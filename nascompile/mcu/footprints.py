@@ -61,26 +61,30 @@ class Footprints:
         for fusion in FUSIONS:
             structure = build("candidate", shape, SizesOnly(), fusion).structure
             p.check(structure)
-            if found := self._fitting(shape, structure, fusion):
-                return found
-        footprint = project.place(structure, self.board, smallest=True, enforce=False).footprint
-        return Placed(ram=footprint.ram, flash=footprint.flash, fusion=fusion, fits=False)
+            rest, flash = self._without_arena(shape, structure, fusion)
+            if arena := self._arena(structure, rest, flash):
+                return Placed(ram=rest + arena, flash=flash, fusion=fusion, fits=True)
+        smallest = planner.plan(p.demand(structure), smallest=True).arena_bytes
+        return Placed(ram=rest + smallest, flash=flash, fusion=fusion, fits=False)
 
-    def _fitting(self, shape: Shape, structure: p.Structure, fusion: Fusion) -> Placed | None:
-        """The plan with the fastest tiles that fit; None if none do."""
+    def _without_arena(self, shape: Shape, structure: p.Structure, fusion: Fusion) -> tuple[int, int]:
+        """Bytes of RAM besides the arena, and of flash."""
         board, texts = self.board, self._of_parts(shape, structure, fusion)
         base = toolchain.base(board.core, tuple(sorted(frozenset[str]().union(*(text.functions for text in texts)))))
         rest = board.stack_bytes + base.bss + project.up(4 * (sum(text.counters for text in texts) + 1))
         flash = base.text + emit.shared_bytes(sum(text.names_bytes for text in texts))
         flash += sum(text.model_bytes + text.weights_bytes for text in texts)
-        limit = board.arena_limit(rest)
+        return rest, flash
+
+    def _arena(self, structure: p.Structure, rest: int, flash: int) -> int:
+        """Bytes of the arena with the fastest tiles that fit; 0 if none do."""
+        board, limit = self.board, self.board.arena_limit(rest)
         if flash > board.flash.size or limit <= 0 or rest > board.ram[-1].size:
-            return None
+            return 0
         try:
-            arena = planner.plan(p.demand(structure), limit).arena_bytes
+            return planner.plan(p.demand(structure), limit).arena_bytes
         except BudgetError:
-            return None
-        return Placed(ram=rest + arena, flash=flash, fusion=fusion, fits=True)
+            return 0
 
     def _of_parts(self, shape: Shape, structure: p.Structure, fusion: Fusion) -> list[_Text]:
         """Of embedding, layers and head."""

@@ -1,7 +1,7 @@
 """Micro-networks: projects whose counters count operators by themselves, many in one.
 
 All blocks of a project read the same tokens, and every constant is drawn from its name and sizes alone, so an operator counts the same
-whichever others are beside it. Maps of the same sizes share their weights, which keeps projects small.
+whichever others are beside it, but for how the compiler loads the numbers of a call. Maps of the same sizes share their weights, which keeps projects small.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ class NamedNumbers(RandomNumbers):
         return super().norm(own, width)
 
     def head(self, name: str, inputs: int, width: int, rank: int = 0) -> p.Head:
+        super().head(name, inputs, width, rank)  # so that its maps are drawn by now, which they may have been before
         self._draw(f"{name.rpartition('.')[2]} {inputs} {width} {rank}")
         return super().head(name, inputs, width, rank)
 

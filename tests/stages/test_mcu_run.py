@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 from typer.testing import CliRunner
 
-from nascompile import beside, cli, engine, journal, latency_table, pipeline, records, table_view
+from nascompile import beside, cli, engine, journal, pipeline, table_view
 from nascompile.data import DataSettings
 from nascompile.errors import BudgetError, UnsupportedError
 from nascompile.mcu import project
@@ -47,7 +47,7 @@ def images(folder: Path) -> None:
 def recipe() -> Recipe:
     return check(Recipe(
         model="model", new_head=True, data=DataSettings(data="images", calibration_size=32), device="tiny",
-        finetune=FinetuneSettings(teacher_epochs=3, epochs=1, batch_size=16, learning_rate=0.004),
+        finetune=FinetuneSettings(teacher_epochs=6, epochs=1, batch_size=16, learning_rate=0.003),
         search=SearchSettings(searcher="nsga2", evaluations=8, population=8, calibration_samples=32, calibration_methods=("minmax",)),
         measure=MeasureSettings(top_k=1, seconds=0.1, batches=(1,), agreement=1),
     ))  # fmt: skip
@@ -59,11 +59,12 @@ def prepare() -> None:
     torch.manual_seed(0)
     config = ViTConfig(
         hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=24, image_size=12, patch_size=4, num_channels=1,
+        initializer_range=0.2,
     )  # fmt: skip
     ViTForImageClassification(config).save_pretrained("model")
     images(Path("images"))
     Path("profiles").mkdir()
-    for name, ram, flash in (("tiny", RAM, FLASH), ("tiniest", 6144, FLASH)):
+    for name, ram, flash in (("tiny", RAM, FLASH), ("tiniest", 4608, FLASH)):
         Path(f"profiles/{name}.toml").write_text(PROFILE.format(ram=ram, flash=flash))
 
 
@@ -147,7 +148,7 @@ def test_the_report_says_what_is_counted_and_what_is_modelled(run):
         assert "no engine can be made" in page or "there is no engine" in page
     done = CliRunner().invoke(cli.app, ["report", "--out", str(run)])
     assert done.exit_code == 0, done.output
-    assert "instructions, counted" in " ".join(done.stdout.split())
+    assert {"instructions,", "counted", "modelled", "RAM", "flash", "stack"} <= set(done.stdout.split())
     assert "Milliseconds are modelled" in " ".join(done.stdout.split())
 
 
@@ -192,7 +193,7 @@ def test_one_more_of_the_front(run):
 
 def test_nothing_fits(run):
     small = msgspec.structs.replace(recipe(), device="tiniest")
-    with pytest.raises(BudgetError, match=r"no network of the space fits `tiniest`: .* bytes of RAM \(6,144 there\)"):
+    with pytest.raises(BudgetError, match=r"no network of the space fits `tiniest`: .* bytes of RAM \(4,608 there\)"):
         pipeline.run(small, Path("small"))
 
 
