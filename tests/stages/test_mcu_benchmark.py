@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -13,17 +14,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification
 
-from nascompile import data, plugins, records
+from nascompile import pipeline
 from nascompile.data import DataSettings
 from nascompile.mcu import calibrated, convolutional, interpreter, transformer
-from nascompile.preprocess import Preprocessing, Preprocessor
-from nascompile.records import Choice
+from nascompile.settings import FinetuneSettings, MeasureSettings, Recipe, SearchSettings, check
 
 torch.set_num_threads(1)
 
 BENCHMARKS = Path(__file__).parents[2] / "tools" / "benchmarks"
-SIDE, CLASSES, MEAN, DEVIATION = 16, 3, (0.3,), (0.25,)
+SIDE, CLASSES, MEAN, DEVIATION = 16, 3, (0.5,), (0.5,)
 RIVALLED = ("--batch", "32", "--rate", "3e-3")
 
 
@@ -101,43 +103,55 @@ def bench_shape() -> convolutional.Shape:
 # ---------------------------------------------------------------------------------------------- trained networks
 
 
-def drawn(n: int, seed: int) -> tuple[list[np.ndarray], list[str]]:
-    """Images of bars that lie, stand or cross, with noise."""
-    rng = np.random.default_rng(seed)
-    labels, images = rng.integers(0, CLASSES, n), rng.integers(0, 90, (n, SIDE, SIDE)).astype(np.uint8)
-    for image, label, at in zip(images, labels, rng.integers(2, SIDE - 3, n), strict=True):
+def draw(folder: Path, n: int) -> None:
+    """PNG files, by class: bars that lie, stand or cross, with noise."""
+    rng = np.random.default_rng(3)
+    labels, images = np.arange(n) % CLASSES, rng.integers(0, 90, (n, SIDE, SIDE)).astype(np.uint8)
+    for number, (image, label, at) in enumerate(zip(images, labels, rng.integers(2, SIDE - 3, n), strict=True)):
         if label != 1:
             image[at : at + 2] += 120
         if label != 0:
             image[:, at : at + 2] += 120
-    return list(images), [f"kind{label}" for label in labels]
+        (folder / "abc"[label]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / "abc"[label] / f"{number}.png")
+
+
+def searched() -> Recipe:
+    """A search that is as short as one can be."""
+    return check(Recipe(
+        model="model", new_head=True, data=DataSettings(data="images", calibration_size=40), device="m7_64k",
+        finetune=FinetuneSettings(teacher_epochs=6, epochs=1, batch_size=32, learning_rate=0.003),
+        search=SearchSettings(searcher="nsga2", evaluations=4, population=4, calibration_samples=32, calibration_methods=("minmax",)),
+        measure=MeasureSettings(top_k=1, seconds=0.1, batches=(1,), agreement=1),
+    ))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def runs(bench, tmp_path_factory):
-    """A folder as --runs has it: data of a finished run, and two trained rivals."""
-    folder = tmp_path_factory.mktemp("runs")
-    settings = Preprocessing(
-        modality="image", inputs=("pixel_values",), channels=1, resize=(SIDE, SIDE), mean=MEAN, std=DEVIATION
-    )  # fmt: skip
-    sources = {
-        name: drawn(n, seed)
-        for seed, (name, n) in enumerate((("train", 600), ("calibration", 40), ("validation", 120), ("test", 150)))
-    }
-    run = folder / "searched-64k"
-    data.prepare(DataSettings(), Preprocessor(settings, {}), plugins.get("tasks", "classification"), run / "data", sources=sources)
-    records.save(Choice(engine="candidate-1", reason="", budgets=(), ranking=("candidate-1",)), run / "choice.json")
+def runs(bench, into, tmp_path_factory, mcu_tools):
+    """A folder as --runs has it: a finished run, and two trained rivals."""
     with pytest.MonkeyPatch.context() as patch:
+        folder = into(tmp_path_factory.mktemp("work"), patch)
+        torch.manual_seed(0)
+        config = ViTConfig(
+            hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=24, image_size=SIDE, patch_size=4, num_channels=1,
+            initializer_range=0.2,
+        )  # fmt: skip
+        ViTForImageClassification(config).save_pretrained("model")
+        draw(Path("images"), 750)
+        shutil.copytree(BENCHMARKS / "profiles", "profiles")
+        run = Path("runs/searched-64k")
+        pipeline.run(searched(), run)
         small = {
             "hand-64k": bench.rivals.Rival("vit", {"patch": 4, "width": 16, "depth": 2, "heads": 2, "hidden": 24}),
             "cnn-64k": bench.rivals.Rival("cnn", {"stem": 6, "blocks": [[10, 2], [12, 2]]}),
         }
         patch.setattr(bench.rivals, "RIVALS", small)
-        results = folder / "results.json"
+        patch.setattr(bench.networks, "SHARES", (0.999, 1.0))
+        results = Path("results.json")
         trainings = {"teacher": {"epochs": 3.0}, "supernet": {"epochs": 5.0, "quantized_from": 3.0}}
         results.write_text(json.dumps({"tasks": [{"task": "searched-64k", "trainings": trainings}]}))
-        bench.rivals.main(["--data", str(run / "data"), "--out", str(folder), "--only", *small, *RIVALLED, "--as", str(results)])
-        yield folder
+        bench.rivals.main(["--data", str(run / "data"), "--out", "runs", "--only", *small, *RIVALLED, "--as", str(results)])
+        yield folder / "runs"
 
 
 def test_a_rival_is_trained_once_and_is_what_it_was(bench, runs, capsys):
@@ -163,30 +177,31 @@ def test_a_rival_is_trained_once_and_is_what_it_was(bench, runs, capsys):
 
 @pytest.fixture(scope="module")
 def printed(bench, runs, mcu_tools, tmp_path_factory):
-    """(arguments, what was printed): the fashion cell on the tiny networks, with no searched network in the run."""
+    """(arguments, what was printed): the small budget's cell on tiny networks."""
 
     cache = tmp_path_factory.mktemp("c")
     arguments = ["--cells", "fashion-64k", "--runs", str(runs), "--images", "30", "--jobs", "1", "--cache", str(cache)]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.setattr(bench.networks, "KINDS", ("hand", "cnn"))
-        patch.setattr(bench.networks, "SHARES", (0.999, 1.0))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
         bench.main.main([*arguments, "--json"])
     return arguments, json.loads(out.getvalue())
 
 
 def test_rivals_are_built_compared_and_scored(printed):
     rows = {row["network"]: row for row in printed[1]["cells"]["fashion-64k"]["rows"]}
-    assert set(rows) == {"hand", "cnn"}
+    assert set(rows) == {"searched", "hand", "cnn"}
     for row in rows.values():
         assert row["images_equal_in_qemu_host_interpreter"] == 30
-        assert row["test_images"] == 150
+        assert row["test_images"] == 150, "a fifth of the images"
         assert row["accuracy_fp32"] > 70
         assert abs(row["accuracy_engine"] - row["accuracy_fp32"]) < 5
         assert row["device"] == "m7_64k"
         assert row["ram_bytes"] < 65536
         assert row["flash_bytes"] < 262144
-        assert row["calibration"].endswith("% of values")
+        assert row["parameters"] > 500
     assert rows["cnn"]["sizes"] == "stem 6, blocks [[10, 2], [12, 2]]"
+    assert rows["cnn"]["calibration"].endswith("% of values")
+    assert rows["searched"]["files_equal_to_the_engine_of_the_run"]
+    assert rows["searched"]["epochs"] == 7
 
 
 def test_every_figure_says_what_it_is(bench, printed):
@@ -202,7 +217,6 @@ def test_what_is_kept_is_not_measured_again(bench, printed, monkeypatch, capsys)
     def again(*given, **named):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(bench.networks, "KINDS", ("hand", "cnn"))
     monkeypatch.setattr(bench.networks, "measure", again)
     bench.main.main([*printed[0], "--json"])
     assert json.loads(capsys.readouterr().out) == printed[1]

@@ -12,7 +12,7 @@ Needs gcc-arm-none-eabi and qemu-system-arm. Cells:
 - `plans`: a vision transformer of 224 x 224 pixels, random weights, in three plans: every tensor in a place of its own, results over what
   they replace, fused operators. Each is built; one that the device has no room for, on a larger one.
 - `fashion-320k`, `fashion-64k`: networks for 320 KB of SRAM and 1 MB of flash, and for 64 KB and 256 KB. FOLDER (--runs) holds the runs
-  `searched-320k` and `searched-64k` of `nascompile run --device stm32f746` and `--device m7_64k` (in this folder, which has it), and
+  `searched-320k` and `searched-64k` of `nascompile run --device stm32f746` and `--device m7_64k` (whose profile is in this folder), and
   what mcu_rivals.py has trained: `hand-320k.safetensors`, `cnn-320k.safetensors`, ... What is not there is said.
 
 Instructions are exact counts in QEMU; cycles and milliseconds are modelled from them; RAM and flash are the linker's. Accuracies of engines

@@ -227,7 +227,8 @@ def train(
     module.to(device).train()
     images, labels = (torch.from_numpy(array).to(device) for array in samples.train)
     normalized = _normalized(samples, device)
-    averaged = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    live = {name: value.detach() for name, value in module.state_dict().items() if value.is_floating_point()}
+    averaged = {name: value.clone() for name, value in live.items()}
     groups = [
         {"params": [value for value in module.parameters() if value.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [value for value in module.parameters() if value.ndim <= 1], "weight_decay": 0.0},
@@ -256,12 +257,10 @@ def train(
             if isinstance(module, Vit) and module.aware:
                 module.aware.follow()
             share = min(settings.ema, (1 + done) / (10 + done))  # follows closely at first
-            for name, value in module.state_dict().items():
-                if value.is_floating_point():
-                    averaged[name].lerp_(value.detach(), 1 - share)
+            torch._foreach_lerp_(list(averaged.values()), list(live.values()), 1 - share)
             total += loss.detach()
         say(f"epoch {epoch} of {settings.epochs}, loss {total.item() / batches:.4f}, {time.monotonic() - began:.0f} s")
-    module.load_state_dict(averaged)
+    module.load_state_dict(module.state_dict() | averaged)
     if isinstance(module, Vit):
         module.aware = None
     pixels, wanted = samples.validation

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from microcontroller import projects
-from nascompile import build, data, pipeline, programs
+from nascompile import build, data, pipeline, programs, targets
 from nascompile.data import Split
 from nascompile.errors import BudgetError
 from nascompile.finetune import TrainingLog
@@ -102,11 +102,18 @@ def _rival(name: str, path: Path, folder: Path, budget: str, jobs: int) -> Netwo
 
 def _searched(name: str, run: Path, budget: str) -> Network:
     data_folder(budget, run.parent)
-    with contextlib.chdir(projects.PROFILES.parent):  # where a device of the benchmark's own has its profile
-        return _of_run(name, run.resolve())
+    with _known(DEVICES[budget]):
+        return _of_run(name, run.resolve(), DEVICES[budget])
 
 
-def _of_run(name: str, run: Path) -> Network:
+@contextlib.contextmanager
+def _known(device: str) -> Iterator[None]:
+    """Where the device has a profile: the working folder, whose paths a run's recipe may name, or else the benchmark's own."""
+    with contextlib.nullcontext() if device in targets.names() else contextlib.chdir(projects.PROFILES.parent):
+        yield
+
+
+def _of_run(name: str, run: Path, device: str) -> Network:
     context = pipeline.Context(load(run / "recipe.json", Recipe), run, Silent(), pipeline.Given())
     choice = load(run / "choice.json", Choice)
     folder = run / "engines" / choice.engine
@@ -116,7 +123,7 @@ def _of_run(name: str, run: Path) -> Network:
     own: calibrated.Network = source.evaluator.network(point)
 
     def program(calibration: Split, validation: Split) -> tuple[Program, str]:
-        with contextlib.chdir(projects.PROFILES.parent):
+        with _known(device):
             lowered: Program = build.lower(context.parts, source, point)
         return lowered, context.method
 
