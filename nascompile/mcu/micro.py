@@ -1,7 +1,8 @@
 """Micro-networks: projects whose counters count operators by themselves, many in one.
 
 All blocks of a project read the same tokens, and every constant is drawn from its name and sizes alone, so an operator counts the same
-whichever others are beside it, but for how the compiler loads the numbers of a call. Maps of the same sizes share their weights, which keeps projects small.
+whichever others are beside it, but for how the compiler loads the numbers of a call. Maps of the same sizes share their weights, which
+keeps projects small.
 """
 
 from __future__ import annotations
