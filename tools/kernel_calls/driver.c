@@ -5,8 +5,8 @@
 
 enum { LINEAR, LOW_RANK, HEAD, ATTENTION, MATMUL, SOFTMAX, LAYER_NORM, LOOKUP, ADD, MEAN, PATCH_EMBED, CONV, DEPTHWISE, AVERAGE_POOL, PEER };
 
-/* Another compiler's linear map to int32, where one is linked in. */
-int linear_compute_(const int8_t *x, const int8_t *weight, int32_t *y) __attribute__((weak));
+/* Another compiler's linear map, where one is linked in; it takes as many of the last arguments as it needs. */
+int linear_compute_(const int8_t *x, const void *weight, void *y, void *b2, void *b3, void *b4) __attribute__((weak));
 
 
 #define MOST 8
@@ -132,7 +132,7 @@ int main(void)
         case PEER: {
             if (linear_compute_ == NULL)
                 return 2;
-            COUNT(linear_compute_(b[0], b[1], y));
+            COUNT(linear_compute_(b[0], b[1], y, b[2], b[3], b[4]));
             break;
         }
         default:
