@@ -68,11 +68,13 @@ class Evaluators(Protocol):
 
 
 @contextmanager
-def opened(evaluator: Evaluators, bench: Bench | None, workers: int, ray: str, evaluations: int, note: Note) -> Iterator[Executor]:
+def opened(
+    evaluator: Evaluators, bench: Bench | None, workers: int, ray: str, evaluations: int, note: Note, batch: int = 0
+) -> Iterator[Executor]:  # fmt: skip
     """Who scores, for as long as the context lasts; afterwards no worker is left, and what is timed then has the machine to itself.
 
     `bench`: None where others cannot score: a metric that is a function of the caller's. `workers`: 0 for as many as are of use. `ray`: the
-    address of a cluster, or empty.
+    address of a cluster, or empty. `batch`: evaluations that are wanted at a time, so that more workers would wait; 0: not known.
     """
     if bench is None and (ray or workers > 1):
         raise UnsupportedError(
@@ -83,21 +85,21 @@ def opened(evaluator: Evaluators, bench: Bench | None, workers: int, ray: str, e
         return
     if ray:
         with _cluster(ray) as cluster:
-            count = cluster.room(workers)
+            count = cluster.room(workers, batch)
             note(f"{count} workers on the Ray cluster {ray}")
             with Pool(evaluator, lambda: cluster.worker(bench), count, note) as pool:
                 yield pool
         return
-    with Pool(evaluator, lambda: Process(bench), workers or useful_workers(), note) as pool:
+    with Pool(evaluator, lambda: Process(bench), workers or useful_workers(batch), note) as pool:
         yield pool if workers else Growing(evaluator, pool, evaluations, note)
 
 
-def useful_workers() -> int:
-    """One for each processor core, as far as there is memory for more processes like this one."""
+def useful_workers(batch: int = 0) -> int:
+    """One for each processor core, as far as a batch has work and memory has room for more processes like this one."""
     free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min(free, psutil.cpu_count(logical=False) or free, AUTOMATIC_MOST)
     room: int = psutil.virtual_memory().available // psutil.Process().memory_info().rss
-    return max(1, min(cores, room))
+    return max(1, min(cores, room, batch or cores))
 
 
 # ---------------------------------------------------------------------------------------------- here
@@ -472,15 +474,18 @@ class Cluster:
     files: Any = None
     turn: threading.Lock = field(default_factory=threading.Lock)
 
-    def room(self, wanted: int) -> int:
-        """How many workers to start: as many as are wanted, or one for each processor. UnsupportedError if there are not so many."""
+    def room(self, wanted: int, batch: int = 0) -> int:
+        """How many workers to start: as many as are wanted, or one for each processor that a batch has work for.
+
+        UnsupportedError if there are not so many processors.
+        """
         there = math.floor(self.ray.cluster_resources().get("CPU", 0))
         if there < max(wanted, 1):
             raise UnsupportedError(
                 f"{wanted or 1} workers need as many processors; the Ray cluster {self.address} has {there}",
                 hint=f"--workers {there}" if there else "start nodes with `ray start --address ADDRESS --num-cpus N`",
             )
-        return wanted or there
+        return wanted or min(there, batch or there)
 
     def worker(self, bench: Bench) -> Worker:
         """A worker on a node with a free processor; NoRoom if there is none for a while."""

@@ -173,3 +173,10 @@ def test_a_whole_space_in_rows_is_in_the_order_of_its_candidates():
     space = make_space()
     encoding = Encoding(space)
     assert [encoding.decode(row) for row in encoding.everything()] == list(spaces.enumerate_all(space))
+
+
+@pytest.mark.parametrize("name", SEARCHERS)
+def test_after_its_first_it_asks_for_no_larger_batches_than_it_says(name):
+    batch = plugins.get("searchers", name).batch
+    sizes = [len(points) for points in drive(name, make_space(), population=12)[1:]]
+    assert max(sizes) == (batch or 12)

@@ -258,8 +258,9 @@ def test_workers_are_only_started_where_that_saves_time(growing):
 
 
 def opened(**changes):
-    given = {"bench": object(), "workers": 0, "ray": "", "evaluations": 10} | changes
-    return workers.opened(Formula(), given["bench"], given["workers"], given["ray"], given["evaluations"], print)
+    given = {"bench": object(), "workers": 0, "ray": "", "evaluations": 10, "batch": 0} | changes
+    order = ("bench", "workers", "ray", "evaluations")
+    return workers.opened(Formula(), *(given[name] for name in order), print, given["batch"])
 
 
 def test_one_worker_is_this_process():
@@ -298,3 +299,22 @@ def test_an_evaluation_here_is_on_one_thread_and_the_others_come_back():
     finally:
         torch.set_num_threads(before)
     assert seen == [1, 1]
+
+
+def test_no_more_workers_are_started_than_a_batch_has_work_for(monkeypatch):
+    class Memory:
+        available = 10**13
+
+    class Ray:
+        def cluster_resources(self):
+            return {"CPU": 16.0}
+
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
+    monkeypatch.setattr(workers.psutil, "cpu_count", lambda logical: 16)
+    monkeypatch.setattr(workers.psutil, "virtual_memory", Memory)
+    assert [workers.useful_workers(batch) for batch in (0, 1, 4, 20)] == [workers.AUTOMATIC_MOST, 1, 4, workers.AUTOMATIC_MOST]
+    for wanted, count in ((0, 4), (6, 6)):
+        with opened(workers=wanted, batch=4) as executor:
+            assert (executor if wanted else executor.pool).count == count
+    cluster = workers.Cluster(Ray(), "here")
+    assert [cluster.room(*numbers) for numbers in ((0,), (0, 4), (9, 4), (0, 99))] == [16, 4, 9, 16]
