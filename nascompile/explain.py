@@ -19,6 +19,7 @@ from nascompile.errors import RecordError
 from nascompile.progress import Progress
 from nascompile.records import Candidate, Evaluation, Explanation, Front, GeneImportance, SearchSpace, Thinning, digest
 from nascompile.scoring import gain, worst
+from nascompile.searchers.encoding import Encoding
 from nascompile.targets import label
 
 Array = npt.NDArray[Any]
@@ -78,60 +79,47 @@ def trust(r2: float) -> str:
 class Genome:
     """Positions of the genome that have a choice, as columns of indices; an inactive one has a value too, which counts for nothing."""
 
-    space: SearchSpace
-    slots: tuple[str, ...]
-    sizes: tuple[int, ...]
-    requires: tuple[tuple[tuple[int, int], ...], ...]
-    """Per slot: ((column, least index), …) of what it needs to be active."""
+    encoding: Encoding
+    columns: list[int]
+    """Positions in the encoding, whose others have one choice each."""
 
     @classmethod
     def of(cls, space: SearchSpace) -> Genome:
-        slots = tuple(slot for slot in spaces.gene_names(space) if len(spaces.slot_gene(space, slot).choices) > 1)
-        genes = [spaces.slot_gene(space, slot) for slot in slots]
-        requires = tuple(
-            tuple(
-                (slots.index(name), sum(int(c) < least for c in spaces.slot_gene(space, name).choices))
-                for name, least in gene.requires if name in slots
-            )
-            for gene in genes
-        )  # fmt: skip
-        return cls(space, slots, tuple(len(gene.choices) for gene in genes), requires)
+        encoding = Encoding(space)
+        return cls(encoding, [n for n, size in enumerate(encoding.sizes) if size > 1])
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the columns."""
+        return tuple(self.encoding.slots[column] for column in self.columns)
 
     def rows(self, points: Sequence[Candidate], rng: np.random.Generator) -> Array:
-        """(n, slots) indices; what is inactive in a candidate is drawn, so that a change of depth finds something there."""
-        positions = [spaces.gene_names(self.space).index(slot) for slot in self.slots]
-        x = np.array([spaces.encode(self.space, point) for point in points])[:, positions]
-        drawn = np.stack([rng.integers(0, size, len(x)) for size in self.sizes], axis=1)
+        """(n, columns) indices; what is inactive in a candidate is drawn, so that a change of depth finds something there."""
+        x = self.encoding.encode(tuple(points))[:, self.columns]
+        drawn = np.stack([rng.integers(0, size, len(x)) for size in self.encoding.sizes[self.columns]], axis=1)
         return np.where(self.active(x), x, drawn)
 
-    def active(self, x: Array) -> Array:
-        """(n, slots) whether each value has any effect."""
-        found = np.ones(x.shape, dtype=bool)
-        for column, needs in enumerate(self.requires):
-            for other, least in needs:
-                found[:, column] &= x[:, other] >= least
+    def whole(self, x: Array) -> Array:
+        """(n, positions): with the positions that have one choice."""
+        found = np.zeros((len(x), len(self.encoding.sizes)), dtype=np.int64)
+        found[:, self.columns] = x
         return found
 
+    def active(self, x: Array) -> Array:
+        """(n, columns) whether each value has any effect."""
+        return self.encoding.active(self.whole(x))[:, self.columns]
+
     def one_hot(self, x: Array) -> Array:
-        """(n, all choices): 1 where a position is active and has that choice."""
-        active = self.active(x)
-        return np.concatenate([(x[:, [i]] == np.arange(size)) & active[:, [i]] for i, size in enumerate(self.sizes)], axis=1).astype(float)
+        """(n, all choices of the columns): 1 where a position is active and has that choice."""
+        return self.encoding.one_hot(self.whole(x))[:, np.repeat(self.encoding.sizes > 1, self.encoding.sizes)]
 
     def masked(self, x: Array) -> Array:
-        """(n, slots): the index, -1 where it is inactive."""
+        """(n, columns): the index, -1 where it is inactive."""
         return np.where(self.active(x), x, -1).astype(float)
 
     def candidates(self, x: Array) -> list[Candidate]:
         """What the rows stand for."""
-        names, genes = spaces.gene_names(self.space), {}
-        for name in names:
-            genes[name] = spaces.slot_gene(self.space, name).choices
-        found = []
-        for row in x:
-            values = {name: choices[0] for name, choices in genes.items()}
-            values |= {slot: genes[slot][int(index)] for slot, index in zip(self.slots, row, strict=True)}
-            found.append(spaces.candidate(self.space, values))
-        return found
+        return [self.encoding.decode(row) for row in self.whole(x)]
 
 
 def _ridge(seed: int) -> tuple[Any, str]:

@@ -669,7 +669,10 @@ class Context:
         save(reference, self.out / "baseline.json")
         self.progress.note(f"baseline {self.metric} {reference.value:.2f} on validation; calibration by {best.method}")
         evaluator, s = self.evaluator(self.out / "supernet", best.method), self.recipe.search
-        with workers.opened(evaluator, self._bench(best.method), s.workers, s.ray, s.evaluations, self.progress.note) as executor:
+        batch = min(plugins.get("searchers", s.searcher).batch or s.population, s.population) * (1 + len(self.further))
+        with workers.opened(
+            evaluator, self._bench(best.method), s.workers, s.ray, s.evaluations, self.progress.note, batch
+        ) as executor:  # fmt: skip
             front = search(
                 evaluator, self.pricing, reference, self.bounds, s, self.recipe.seed, self.out / "journal.jsonl", self.progress,
                 self.deadline(SEARCH_SHARE), self.further_pricing, executor,

@@ -96,10 +96,10 @@ class SearchSettings(Record, frozen=True):
     """Candidates proposed at a time, at most: ehvi proposes four."""
     workers: int = 0
     """Processes that score, each on one thread: how long the search takes, not what it finds. 1: this one alone. 0: one for every core, at
-    most 8, once scoring has shown to take longer than starting them."""
+    most 8 and no more than a batch has work for, once scoring has shown to take longer than starting them."""
     ray: str = ""
     """Address of a Ray cluster (`auto`, `HOST:PORT`, `ray://HOST:PORT`) that scores with so many workers; 0 of them: one for each of its
-    processors."""
+    processors that a batch has work for."""
     calibration_samples: int = 128
     """Samples that a candidate's activation ranges are taken from."""
     validation_samples: int = 0

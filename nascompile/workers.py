@@ -68,11 +68,13 @@ class Evaluators(Protocol):
 
 
 @contextmanager
-def opened(evaluator: Evaluators, bench: Bench | None, workers: int, ray: str, evaluations: int, note: Note) -> Iterator[Executor]:
+def opened(
+    evaluator: Evaluators, bench: Bench | None, workers: int, ray: str, evaluations: int, note: Note, batch: int = 0
+) -> Iterator[Executor]:  # fmt: skip
     """Who scores, for as long as the context lasts; afterwards no worker is left, and what is timed then has the machine to itself.
 
     `bench`: None where others cannot score: a metric that is a function of the caller's. `workers`: 0 for as many as are of use. `ray`: the
-    address of a cluster, or empty.
+    address of a cluster, or empty. `batch`: evaluations that are wanted at a time, so that more workers would wait; 0: not known.
     """
     if bench is None and (ray or workers > 1):
         raise UnsupportedError(
@@ -83,21 +85,21 @@ def opened(evaluator: Evaluators, bench: Bench | None, workers: int, ray: str, e
         return
     if ray:
         with _cluster(ray) as cluster:
-            count = cluster.room(workers)
+            count = cluster.room(workers, batch)
             note(f"{count} workers on the Ray cluster {ray}")
             with Pool(evaluator, lambda: cluster.worker(bench), count, note) as pool:
                 yield pool
         return
-    with Pool(evaluator, lambda: Process(bench), workers or useful_workers(), note) as pool:
+    with Pool(evaluator, lambda: Process(bench), workers or useful_workers(batch), note) as pool:
         yield pool if workers else Growing(evaluator, pool, evaluations, note)
 
 
-def useful_workers() -> int:
-    """One for each processor core, as far as there is memory for more processes like this one."""
+def useful_workers(batch: int = 0) -> int:
+    """One for each processor core, as far as a batch has work and memory has room for more processes like this one."""
     free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min(free, psutil.cpu_count(logical=False) or free, AUTOMATIC_MOST)
     room: int = psutil.virtual_memory().available // psutil.Process().memory_info().rss
-    return max(1, min(cores, room))
+    return max(1, min(cores, room, batch or cores))
 
 
 # ---------------------------------------------------------------------------------------------- here
@@ -111,7 +113,7 @@ class Inline:
 
     def score_all(self, jobs: Sequence[Job], go_on: Callable[[], bool]) -> Iterator[Scored]:
         for index, job in enumerate(jobs):
-            if not go_on():
+            if not (go_on() or _goes_on(jobs, index)):
                 return
             began = time.monotonic()
             with _one_thread():
@@ -134,7 +136,7 @@ def _one_thread() -> Iterator[None]:
 
 @dataclass
 class Growing:
-    """Scores here until that is seen to take much longer than workers take to start, then by them."""
+    """Scores here until that is seen to take much longer than workers take to start, then by them; here again if they do not last."""
 
     evaluator: Evaluators
     pool: Pool
@@ -144,25 +146,50 @@ class Growing:
     done: int = 0
     seconds: float = 0.0
     grown: bool = False
+    lost: bool = False
+    """Whether workers were tried and died."""
 
     def score_all(self, jobs: Sequence[Job], go_on: Callable[[], bool]) -> Iterator[Scored]:
-        begun = 0
-        while begun < len(jobs) and not self.grown:
-            for index, score, seconds in Inline(self.evaluator).score_all(jobs[begun : begun + 1], go_on):
-                self.done, self.seconds = self.done + 1, self.seconds + seconds
-                yield begun + index, score, seconds
-            if not go_on():
+        left = deque(range(len(jobs)))
+        while left and not self.grown:
+            index = left.popleft()
+            if not (go_on() or _goes_on(jobs, index)):
                 return
-            begun += 1
-            left = self.seconds / self.done * (self.evaluations - self.done)
-            if self.pool.count > 1 and left > 2 * STARTUP_SECONDS:
+            for _, score, seconds in Inline(self.evaluator).score_all(jobs[index : index + 1], lambda: True):
+                self.done, self.seconds = self.done + 1, self.seconds + seconds
+                yield index, score, seconds
+            rest = self.seconds / self.done * (self.evaluations - self.done)
+            worth = self.pool.count > 1 and rest > 2 * STARTUP_SECONDS and not self.lost
+            if worth and not (left and _goes_on(jobs, left[0])):  # whose other scores Ctrl-C must not cost
                 self.grown = True
                 self.note(f"{self.pool.count} workers score from here on, each on one thread")
-        for index, score, seconds in self.pool.score_all(jobs[begun:], go_on) if begun < len(jobs) else ():
-            yield begun + index, score, seconds
+        if not left:
+            return
+        order = tuple(left)
+        try:
+            for number, score, seconds in self.pool.score_all([jobs[index] for index in order], go_on):
+                left.remove(order[number])
+                yield order[number], score, seconds
+        except Lost as error:
+            self.pool.close()
+            self.grown, self.lost = False, True
+            self.note(f"{error.message}: this process goes on alone")
+        if self.lost:
+            remaining = tuple(left)
+            for number, score, seconds in self.score_all([jobs[index] for index in remaining], go_on):
+                yield remaining[number], score, seconds
+
+
+def _goes_on(jobs: Sequence[Job], index: int) -> bool:
+    """Whether a job is for the same candidate as the one before: what is begun of it is brought to an end, since half of it is lost."""
+    return index > 0 and jobs[index].candidate == jobs[index - 1].candidate
 
 
 # ---------------------------------------------------------------------------------------------- several workers
+
+
+class Lost(NascompileError):
+    """Workers die, of what they load or of a candidate."""
 
 
 class Died(Exception):
@@ -200,6 +227,12 @@ class _Batch:
     def over(self) -> bool:
         return not self.waiting and not self.working
 
+    def end(self) -> None:
+        """Begin no more candidates; what is begun of one on one target is brought to an end on the others, since half of it is lost."""
+        waiting = set(self.waiting)
+        begun = {job.candidate for index, job in enumerate(self.jobs) if index not in waiting}
+        self.waiting = deque(index for index in self.waiting if self.jobs[index].candidate in begun)
+
 
 class Pool:
     """Several workers, each looked after by a thread, which starts it again where it dies."""
@@ -219,6 +252,10 @@ class Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all workers, whatever they are doing; none is started again."""
         with self._turn:
             self._closed = True
             self._turn.notify_all()
@@ -244,7 +281,7 @@ class Pool:
                     # a signal's handler runs between two waits; workers that are only starting see no end of the batch themselves
                     self._turn.wait_for(lambda: batch.found or batch.fault or self._fault or batch.over, WATCH_SECONDS)
                     if not go_on():
-                        batch.waiting.clear()
+                        batch.end()
                     if batch.found:
                         scored = batch.found.popleft()
                     elif fault := batch.fault or self._fault:
@@ -268,7 +305,7 @@ class Pool:
                 except Died as death:  # while it was loading: no candidate's fault
                     lost += 1
                     if lost == DEATHS:
-                        error = NascompileError(f"workers die while they load: {death}", hint="fewer --workers need less memory")
+                        error = Lost(f"workers die while they load: {death}", hint="fewer --workers need less memory")
                         return self._give_up(error)
                     continue
                 except NoRoom as reason:
@@ -314,10 +351,11 @@ class Pool:
             while not self._closed:
                 batch = self._batch
                 if batch and batch.waiting and not batch.fault:
-                    if batch.go_on():
+                    if not batch.go_on():
+                        batch.end()
+                    if batch.waiting:
                         batch.working += 1
                         return batch, batch.waiting.popleft()
-                    batch.waiting.clear()
                     self._turn.notify_all()
                 self._turn.wait()
             return None
@@ -359,7 +397,7 @@ class Pool:
             self._serving -= 1
             left = self._serving
             if not left:
-                fault = NascompileError(f"no worker is left: {why}", hint="run the same command again: every score is kept")
+                fault = Lost(f"no worker is left: {why}", hint="run the same command again: every score is kept")
                 self._fault = self._fault or fault
                 self._turn.notify_all()
         if left:
@@ -379,9 +417,9 @@ class Pool:
         return answer.score
 
 
-def _deadly(job: Job, deaths: Sequence[str]) -> NascompileError:
+def _deadly(job: Job, deaths: Sequence[str]) -> Lost:
     point = job.candidate
-    return NascompileError(
+    return Lost(
         f"candidate {point.id} has killed {len(deaths)} workers",
         detail="\n".join((*deaths, " ".join(f"{name}={value}" for name, value in point.architecture))),
         hint="with --workers 1 it is scored in the process itself, whose end then says more; fewer workers leave each more memory",
@@ -472,15 +510,18 @@ class Cluster:
     files: Any = None
     turn: threading.Lock = field(default_factory=threading.Lock)
 
-    def room(self, wanted: int) -> int:
-        """How many workers to start: as many as are wanted, or one for each processor. UnsupportedError if there are not so many."""
+    def room(self, wanted: int, batch: int = 0) -> int:
+        """How many workers to start: as many as are wanted, or one for each processor that a batch has work for.
+
+        UnsupportedError if there are not so many processors.
+        """
         there = math.floor(self.ray.cluster_resources().get("CPU", 0))
         if there < max(wanted, 1):
             raise UnsupportedError(
                 f"{wanted or 1} workers need as many processors; the Ray cluster {self.address} has {there}",
                 hint=f"--workers {there}" if there else "start nodes with `ray start --address ADDRESS --num-cpus N`",
             )
-        return wanted or there
+        return wanted or min(there, batch or there)
 
     def worker(self, bench: Bench) -> Worker:
         """A worker on a node with a free processor; NoRoom if there is none for a while."""

@@ -51,3 +51,5 @@ class Searcher(Protocol):
 
     def start(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> Run:
         """A search that begins with some of the `first` candidates; the same arguments give the same candidates."""
+    batch: int
+    """Candidates that its runs ask for at a time, after the first; 0: a population of them."""

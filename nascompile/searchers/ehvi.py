@@ -248,5 +248,6 @@ class Ehvi:
     def start(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> EhviRun:
         return EhviRun(problem, population, first, seed)
 
+    batch = BATCH
 
 PLUGIN = Ehvi()

@@ -176,5 +176,6 @@ class Linas:
     def start(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> LinasRun:
         return LinasRun(problem, population, first, seed)
 
+    batch = 0
 
 PLUGIN = Linas()

@@ -13,6 +13,7 @@ class ExactRun(LinasRun):
 
 class LinasTable:
     name = "linas-table"
+    batch = 0
 
     def start(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> ExactRun:
         return ExactRun(problem, population, first, seed)

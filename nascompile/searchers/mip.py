@@ -144,5 +144,6 @@ class Mip:
     def start(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> MipRun:
         return MipRun(problem, population, first, seed)
 
+    batch = 0
 
 PLUGIN = Mip()

@@ -114,6 +114,7 @@ class _Unseen(DuplicateElimination):  # type: ignore[misc]
 
 class Nsga2:
     name = "nsga2"
+    batch = 0
 
     def start(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> Nsga2Run:
         return Nsga2Run(problem, population, first, seed)

@@ -33,6 +33,7 @@ def directions(objectives: int, most: int) -> np.ndarray[Any, Any]:
 
 class Nsga3:
     name = "nsga3"
+    batch = 0
 
     def start(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> Nsga3Run:
         return Nsga3Run(problem, population, first, seed)

@@ -34,6 +34,7 @@ class RandomRun:
 
 class Random:
     name = "random"
+    batch = 0
 
     def start(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> RandomRun:
         return RandomRun(problem.space, population, first[:2], seed)

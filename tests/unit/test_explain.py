@@ -225,3 +225,13 @@ def test_genes_without_a_choice_are_no_columns():
     x = genome.rows((point,), np.random.default_rng(0))
     assert genome.active(x).all()
     assert genome.candidates(x) == [point]
+
+
+def test_what_a_depth_without_a_choice_never_activates_counts_for_nothing():
+    shallow = msgspec.structs.replace(SPACE, genes=(Gene(name="depth", kind="architecture", choices=(2,)), *SPACE.genes[1:]))
+    genome = Genome.of(shallow)
+    x = genome.rows([spaces.uniform(shallow), spaces.smallest(shallow)], np.random.default_rng(0))
+    there = [not slot.startswith("layers.2") for slot in genome.slots]
+    assert (genome.active(x) == there).all()
+    assert genome.one_hot(x).shape == (2, 3 * (4 + 2))
+    assert (genome.one_hot(x).sum(axis=1) == 4).all()

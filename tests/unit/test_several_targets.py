@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -283,3 +285,34 @@ def test_volumes_are_those_of_a_grid(dimensions):
         points = rng.integers(0, 6, (8, dimensions))
         cells = sum(any(all(p <= c) for p in points) for c in itertools.product(range(5), repeat=dimensions))
         assert pareto.hypervolume(points, [5] * dimensions) == cells
+
+
+@dataclass
+class Pressed(Formula):
+    """Ctrl-C while evaluation number `kill_at` is at work."""
+
+    def on(self, target: str) -> Formula:
+        return Pressed(target, self.digest, self.split_digest, self.weights_digest, self.calls, self.kill_at)
+
+    def score(self, point: Candidate) -> Score:
+        at, self.kill_at = self.kill_at, 0
+        if len(self.calls) + 1 == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        found = super().score(point)
+        self.kill_at = at
+        return found
+
+
+@pytest.mark.parametrize("at", range(3, 9))
+def test_ctrl_c_costs_no_score_of_a_candidate_that_was_begun(at, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        evaluator, rest = Pressed(kill_at=at), Formula()
+        front = run(tmp_path, evaluator)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert front.stopped == "interrupted"
+    assert at <= len(evaluator.calls) <= at + 1
+    run(tmp_path, rest)
+    assert len(set(evaluator.calls)) == len(evaluator.calls)
+    assert not set(evaluator.calls) & set(rest.calls)

@@ -229,18 +229,20 @@ def test_leaving_in_the_middle_ends_the_workers_at_once():
 def growing(monkeypatch):
     """growing(seconds, …) ▸ (scores, team, notes) of two batches where scoring here takes so long."""
 
-    def run(seconds: float, count: int = 2) -> tuple[dict[int, float], Team, list[str]]:
+    def run(
+        seconds: float, count: int = 2, team: Team | None = None, jobs: tuple[Job, ...] = JOBS
+    ) -> tuple[dict[int, float], Team, list[str]]:
         class Slow(Formula):
             def score(self, point: Candidate) -> Score:
                 clock[0] += seconds
                 return super().score(point)
 
-        clock, team, notes = [0.0], Team(), []
+        clock, team, notes = [0.0], team or Team(), []
         monkeypatch.setattr(workers.time, "monotonic", lambda: clock[0])
         with Pool(Formula(), team.start, count, notes.append) as pool:
             executor = Growing(Slow(), pool, 12, notes.append)
-            found = {index: score.value for index, score, _ in executor.score_all(JOBS[:5], always)}
-            found |= {5 + index: score.value for index, score, _ in executor.score_all(JOBS[5:], always)}
+            found = {index: score.value for index, score, _ in executor.score_all(jobs[:6], always)}
+            found |= {6 + index: score.value for index, score, _ in executor.score_all(jobs[6:], always)}
         return found, team, notes
 
     return run
@@ -258,8 +260,9 @@ def test_workers_are_only_started_where_that_saves_time(growing):
 
 
 def opened(**changes):
-    given = {"bench": object(), "workers": 0, "ray": "", "evaluations": 10} | changes
-    return workers.opened(Formula(), given["bench"], given["workers"], given["ray"], given["evaluations"], print)
+    given = {"bench": object(), "workers": 0, "ray": "", "evaluations": 10, "batch": 0} | changes
+    order = ("bench", "workers", "ray", "evaluations")
+    return workers.opened(Formula(), *(given[name] for name in order), print, given["batch"])
 
 
 def test_one_worker_is_this_process():
@@ -298,3 +301,74 @@ def test_an_evaluation_here_is_on_one_thread_and_the_others_come_back():
     finally:
         torch.set_num_threads(before)
     assert seen == [1, 1]
+
+
+# ---------------------------------------------------------------------------------------------- half of a candidate's scores
+
+BOTH = tuple(Job(candidate=candidate(n), target=target) for n in range(6) for target in ("", "other"))
+"""Jobs of six candidates, on two targets each."""
+
+
+@pytest.mark.parametrize("after", [0, 3, 4])
+def test_here_a_candidate_that_is_begun_gets_all_its_scores(after):
+    found: list[int] = []
+    for index, _, _ in Inline(Formula()).score_all(BOTH, lambda: len(found) < after):
+        found.append(index)
+    assert found == list(range({0: 0, 3: 4, 4: 4}[after]))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_workers_bring_a_candidate_that_is_begun_to_its_end(count):
+    for after in range(1, 8):
+        team = Team(slow=0.003)
+        found = scored(team, count, jobs=BOTH, go_on=lambda team=team, after=after: len(team.asked) < after)
+        assert {index ^ 1 for index in found} == set(found)
+        assert after <= len(found) <= after + 1 + 2 * count
+    everything = scored(Team(deadly={2: 1}), count, jobs=BOTH)
+    assert len(everything) == 12
+
+
+def test_a_growing_executor_begins_with_workers_between_candidates(growing):
+    found, team, _ = growing(seconds=10.0, jobs=BOTH)
+    assert len(found) == 12
+    assert sorted(team.asked) == sorted([*range(1, 6)] * 2)
+
+
+# ---------------------------------------------------------------------------------------------- workers that nobody asked for
+
+
+@pytest.mark.parametrize(("team", "says"), [
+    (Team(deadly={5: 99}), f"candidate {candidate(5).id} has killed 2 workers: this process goes on alone"),
+    (Team(stillborn=99), "workers die while they load: could not load: this process goes on alone"),
+])  # fmt: skip
+def test_where_workers_that_nobody_asked_for_die_this_process_goes_on(growing, team, says):
+    found, team, notes = growing(seconds=10.0, team=team)
+    assert found == HERE
+    assert notes[-1] == says
+    assert notes.count(says) == 1
+    assert team.stopped == team.started
+    assert team.asked.count(5) == (2 if team.deadly else 0)
+
+
+def test_what_else_goes_wrong_in_workers_is_still_an_error(growing):
+    with pytest.raises(DataError, match="damaged"):
+        growing(seconds=10.0, team=Team(answer=Answer(fault=Fault(kind="DataError", message="damaged"))))
+
+
+def test_no_more_workers_are_started_than_a_batch_has_work_for(monkeypatch):
+    class Memory:
+        available = 10**13
+
+    class Ray:
+        def cluster_resources(self):
+            return {"CPU": 16.0}
+
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
+    monkeypatch.setattr(workers.psutil, "cpu_count", lambda logical: 16)
+    monkeypatch.setattr(workers.psutil, "virtual_memory", Memory)
+    assert [workers.useful_workers(batch) for batch in (0, 1, 4, 20)] == [workers.AUTOMATIC_MOST, 1, 4, workers.AUTOMATIC_MOST]
+    for wanted, count in ((0, 4), (6, 6)):
+        with opened(workers=wanted, batch=4) as executor:
+            assert (executor if wanted else executor.pool).count == count
+    cluster = workers.Cluster(Ray(), "here")
+    assert [cluster.room(*numbers) for numbers in ((0,), (0, 4), (9, 4), (0, 99))] == [16, 4, 9, 16]
