@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -45,9 +45,9 @@ class Evaluator:
         self.net, self.space, self.task, self.metric, self.method = net, space, task, metric, method
         self.weights_digest = digest([(p.name, file_digest(p)) for p in sorted(weights.glob("*.safetensors"))])
         self.split_digest, self.batch = validation.digest, batch
-        self.rows = _rows(validation, validation_samples, seed)
+        self.rows = scored_rows(validation, validation_samples, seed)
         """Positions in validation that candidates are scored on."""
-        self.calibration = load_batches(calibration, _rows(calibration, calibration_samples, seed), BATCH)
+        self.calibration = load_batches(calibration, scored_rows(calibration, calibration_samples, seed), BATCH)
         self.validation = load_batches(validation, self.rows, BATCH)
         self.target = space.targets[0]
         """The target whose precisions count."""
@@ -66,6 +66,10 @@ class Evaluator:
         """Calibrated input ranges of the candidate's quantized products."""
         return calibrate(self.net, self.space, point, self.target, self.calibration, self.method)
 
+    def reference(self) -> Score:
+        """The whole network's metric in float."""
+        return self.score(spaces.largest(self.space))
+
     def score(self, point: Candidate) -> Score:
         """The candidate's metric on validation at its precisions."""
         logits, labels = emulate(self.net, self.space, point, self.target, self.validation, self.ranges(point), self.batch)
@@ -75,9 +79,20 @@ class Evaluator:
         )  # fmt: skip
 
 
+class Scorer(Protocol):
+    """What tries a calibration method."""
+
+    method: str
+
+    def score(self, point: Candidate) -> Score: ...
+
+
+E = TypeVar("E", bound=Scorer)
+
+
 def best_method(
-    evaluators: Sequence[Evaluator], point: Candidate
-) -> tuple[Evaluator, tuple[tuple[str, float], ...]]:
+    evaluators: Sequence[E], point: Candidate
+) -> tuple[E, tuple[tuple[str, float], ...]]:
     """The evaluator whose calibration method gives the best validation score of a candidate, and every method's score."""
     scored = [(evaluator, evaluator.score(point)) for evaluator in evaluators]
     best = max(scored, key=lambda pair: (gain(pair[1]), -evaluators.index(pair[0])))[0]
@@ -101,5 +116,6 @@ def ladder(space: SearchSpace) -> tuple[Candidate, ...]:
     return tuple(found)
 
 
-def _rows(split: Split, samples: int, seed: int) -> np.ndarray[Any, Any]:
+def scored_rows(split: Split, samples: int, seed: int) -> np.ndarray[Any, Any]:
+    """Positions of so many samples of a split (0: all), drawn by the seed, in order; short texts first."""
     return by_length(split, np.sort(np.random.default_rng(seed).permutation(len(split))[: samples or len(split)]))

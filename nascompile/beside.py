@@ -72,7 +72,7 @@ def explain_search(out: Path, progress: Progress | None = None) -> Explanation:
         pricings = (context.pricing, *context.further_pricing)
         scored = fronts.scored(out / "journal.jsonl", front)
         found = explain.explain(
-            front.space, front, scored, lambda point: tuple(pricing(point)[0]["latency_ms"] for pricing in pricings), recipe.seed,
+            front.space, front, scored, lambda point: tuple(pricing.costs(point)["latency_ms"] for pricing in pricings), recipe.seed,
             context.progress,
         )  # fmt: skip
         save(found, path)
@@ -167,7 +167,8 @@ def canary(table: LatencyTable, model: str = "", run: Path | None = None, progre
         space, work = context.space_of(context.config, ()), Path(scratch) / "canary"
         if context.transport:
             return RemoteDevice(table.target, progress).canary(table, context.family, context.config, space, work, recipe.seed)
-        return profiler.canary(table, context.family, context.config, space, context.backend, context.device, work, recipe.seed)
+        parts = (context.family, context.config, space, context.backend, context.device)
+        return float(context.profiler.canary(table, *parts, work, recipe.seed))
 
 
 def _build_elsewhere(context: Context, searched: Evaluation, folder: Path, precision: str) -> Path:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from nascompile import __version__, engine, lowering, network
-from nascompile.accuracy import Evaluator
 from nascompile.backends import Backend
+from nascompile.errors import UnsupportedError
 from nascompile.pass_check import PassCheck, PassChecker
 from nascompile.preprocess import Preprocessor
+from nascompile.program_accuracy import AnyEvaluator, ProgramEvaluator
 from nascompile.quantization import ActivationRanges
 from nascompile.records import (
     FLOAT16,
@@ -45,7 +46,7 @@ class Source:
     """Weights to build from: a trained network and how its candidates are calibrated."""
 
     net: Supernet
-    evaluator: Evaluator
+    evaluator: AnyEvaluator
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,10 @@ class Parts:
 def lower(
     parts: Parts, source: Source, point: Candidate, ranges: ActivationRanges | None = None, watch: lowering.Watch | None = None
 ) -> Any:
-    """The form the backend takes: the candidate's graph with its weights and calibrated ranges."""
+    """The form the backend takes: the candidate's graph with its weights and calibrated ranges, or its integer program."""
+    if isinstance(source.evaluator, ProgramEvaluator):
+        sample = next(iter(parts.sample.take(np.arange(1)).arrays().values()))[0]
+        return source.evaluator.program(point, ranges, sample)
     net, ranges = source.net, ranges or source.evaluator.ranges(point)
     path = lowering.export(net.family, net.config, parts.blueprints)
     blueprint = lowering.blueprint(net.family, net.config, path, parts.backend, watch)
@@ -81,7 +85,12 @@ def lower(
 
 
 def check_passes(parts: Parts, source: Source, point: Candidate, folder: Path) -> tuple[PassCheck, ...]:
-    """What each pass does to the candidate's graph, and the graph after each in `folder`; ModelError for one that breaks it."""
+    """What each pass does to the candidate's graph, and the graph after each in `folder`; ModelError for one that breaks it.
+
+    UnsupportedError for a backend whose form no pass rewrites.
+    """
+    if parts.backend.accepts != "onnx":
+        raise UnsupportedError(f"`{parts.backend.name}` takes no graph that passes could change", hint="leave --keep-intermediate out")
     inputs = load_batches(parts.sample, np.arange(min(CHECKED, len(parts.sample))), CHECKED)[0][0]
     weights = {name: parameter.detach().numpy() for name, parameter in source.net.model.named_parameters()}
     checker = PassChecker(folder, weights | {name: value.numpy() for name, value in inputs.items()})

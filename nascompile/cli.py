@@ -130,12 +130,12 @@ FLAGS = {
         Flag("--tables", "tables", str, "Folder of latency tables looked into first, or the one table to use.", "FOLDER|FILE"),
         Flag("--allow-foreign", "allow_foreign", bool, "Use the table that --tables names although it was taken in another environment."),
     ),
-    "Budgets (one at least)": (
+    "Budgets (one at least, but for microcontrollers)": (
         Flag("--max-drop", "budgets.max_drop", float, "Points of the metric an engine may lose against the baseline.", "POINTS"),
         Flag("--latency-ms", "budgets.latency_ms", list[str], "Milliseconds per call; once per device of several.", "[DEVICE=]MS"),
-        Flag("--size-mb", "budgets.size_mb", float, "Megabytes of the graph file.", "MB"),
+        Flag("--size-mb", "budgets.size_mb", float, "Megabytes of the graph file; of a microcontroller, flash.", "MB"),
         Flag("--macs-m", "budgets.macs_m", float, "Millions of multiply-accumulates per call.", "M"),
-        Flag("--memory-mb", "budgets.memory_mb", float, "Megabytes of weights and live activations of a call, counted.", "MB"),
+        Flag("--memory-mb", "budgets.memory_mb", float, "Megabytes of weights and activations, counted; of a microcontroller, RAM.", "MB"),
     ),
     "Training": (
         Flag("--epochs", "finetune.epochs", int, "Epochs of the super-network.", "N"),

@@ -130,6 +130,7 @@ def _fill(work: Path, parts: Parts, backend: Backend) -> EngineManifest:
         tolerance=parts.tolerance, parameters=sum(node.parameters for node in blocks),
         size_bytes=sum((work / name).stat().st_size for name in graphs),
         build_seconds=parts.build_seconds, executed=parts.executed, remarks=parts.remarks, variants=parts.variants,
+        chip=on_chip(work) if (on_chip := getattr(backend, "on_chip", None)) else None,
     )  # fmt: skip
     records.save(manifest, work / MANIFEST)
     return manifest

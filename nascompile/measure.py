@@ -35,7 +35,8 @@ def measure(
         progress.step("engines scored on validation", number + 1, len(engines))
     one = validation.take(np.arange(1)).arrays()
     jobs = [Job(engine.manifest.name, engine.runner, one) for engine in engines]
-    progress.note(f"timing {len(jobs)} engines side by side for {LATENCY_SECONDS * len(jobs):.0f} s")
+    timing = f"timing {len(jobs)} engines side by side for {LATENCY_SECONDS * len(jobs):.0f} s"
+    progress.note(f"counting the instructions of {len(jobs)} engines" if all(e.manifest.chip for e in engines) else timing)
     latencies = device.time(jobs, seconds=LATENCY_SECONDS * len(jobs), seed=seed)
     rates = _throughput(engines, device, validation, settings, seed, progress)
     found = []

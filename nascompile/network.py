@@ -61,13 +61,21 @@ def shared_space(
     for name, values in choices.items():
         if name != "depth":
             genes.append(Gene(name=name, kind="architecture", choices=values, requires=_requires(choices, order, layers.get(name))))
-    used = {FLOAT32.name: FLOAT32}
+    integers = all(backend.supports(FLOAT32) for backend in backends)  # nothing here computes in float
+    used: dict[str, Precision] = {} if integers else {FLOAT32.name: FLOAT32}
     for segment in family.segments(config):
         found = [p for p in map(_precision, precisions) if _takes(segment, p) and not all(backend.supports(p) for backend in backends)]
         if found:
             used.update({precision.name: precision for precision in found})
-            requires, names = _requires(choices, order, segment.layer), (FLOAT32.name, *(precision.name for precision in found))
+            requires = _requires(choices, order, segment.layer)
+            names = (*([] if integers else [FLOAT32.name]), *(precision.name for precision in found))
             genes.append(Gene(name=precision_gene(segment), kind="precision", choices=names, requires=requires))
+    if not used:
+        raise UnsupportedError(
+            f"none of the precisions to search can be run: {', '.join(precisions) or 'none given'}",
+            detail="\n".join(f"{backend.name}: {backend.supports(FLOAT32)}" for backend in backends),
+            hint=f'search.precisions = ["{INT8.name}"]',
+        )  # fmt: skip
     legal = tuple(tuple(name for name, p in used.items() if p == FLOAT32 or not backend.supports(p)) for backend in backends)
     return SearchSpace(
         family=family.name, model_digest=model_digest, genes=tuple(genes), precisions=tuple(used.values()),
@@ -117,9 +125,15 @@ def slices(family: Family, config: Any, chosen: Mapping[str, int]) -> dict[str, 
 
 
 def block_precision(space: SearchSpace, point: Candidate, segment: Segment, target: str) -> Precision:
-    """The precision the candidate gives to a block on one target; FP32 where it has no gene."""
+    """The precision the candidate gives to a block on one target; where it has no gene, what such blocks have."""
     genes = dict(dict(point.precision)[target])
-    return space.precision(genes.get(precision_gene(segment), FLOAT32.name))
+    name = genes.get(precision_gene(segment))
+    return without_gene(space) if name is None else space.precision(name)
+
+
+def without_gene(space: SearchSpace) -> Precision:
+    """The precision of blocks that have no gene for it: FP32, or that of a space without FP32."""
+    return FLOAT32 if FLOAT32 in space.precisions else space.precisions[0]
 
 
 def quantized_weights(family: Family, config: Any, space: SearchSpace, point: Candidate, target: str) -> dict[str, str]:
@@ -230,7 +244,7 @@ def operator_bytes(family: Family, config: Any, space: SearchSpace, target: Targ
     full = any(p.dynamic for p in space.precisions)  # some candidates compute all tokens up to the end
     for segment in family.segments(config):
         genes = [gene for gene in genes_of(family, groups, segment) if gene in choices]
-        names = next((g.choices for g in space.genes if g.name == precision_gene(segment)), (FLOAT32.name,))
+        names = next((g.choices for g in space.genes if g.name == precision_gene(segment)), (without_gene(space).name,))
         combinations: list[dict[str, int]] = [{}]
         for gene in genes:
             combinations = [c | {gene: int(v)} for c in combinations for v in choices[gene]]
@@ -299,6 +313,8 @@ def _chosen(space: SearchSpace, point: Candidate, segment: Segment, backend: Bac
     elif precision != AS_SEARCHED:
         named = _precision(precision)
         wanted = named if _takes(segment, named) else _precision(segment.scheme) if segment.scheme else FLOAT32
+    if not segment.scheme and wanted in (FLOAT32, INT8):  # float whatever is searched, where the backend has floats
+        wanted = INT8 if backend.supports(FLOAT32) and not backend.supports(INT8) else FLOAT32
     chosen: Precision = getattr(backend, "counterparts", {}).get(wanted.name, wanted)
     if reason := backend.supports(chosen):
         raise UnsupportedError(f"`{backend.name}` cannot run {segment.name} in {chosen.name}: {reason}")

@@ -32,6 +32,9 @@ from nascompile import (
     places,
     plugins,
     profiler,
+    program_costs,
+    program_profiler,
+    program_runs,
     report,
     rerank,
     scoring,
@@ -48,6 +51,8 @@ from nascompile.families import Family
 from nascompile.families.encoder import quiet
 from nascompile.preprocess import Preprocessor
 from nascompile.processes import ALONE, Team, join
+from nascompile.program_accuracy import AnyEvaluator, ProgramEvaluator
+from nascompile.program_costs import Chip, bounded, is_program
 from nascompile.progress import Progress, Silent
 from nascompile.quantization import ActivationRanges
 from nascompile.records import (
@@ -162,6 +167,7 @@ def _check_target(recipe: Recipe, until: str) -> None:
                 f"a search for `{target.device}` is not there yet: its precisions have no genes and no latency table",
                 hint=f"search on another device, then `nascompile build RUN --candidate N --device {target.device}`",
             )
+    program_runs.check(recipe, found, backends)
     several.check(recipe, first)
     for name in set(recipe.search.precisions) - set(network.SEARCHED):  # those are left out where a backend has no use for them
         reasons = {b.name: b.supports(plugins.get("quantization", name).precision) for b in backends}
@@ -335,9 +341,10 @@ class Context:
     def bounds(self) -> tuple[Budget, ...]:
         """All budgets, each with its target."""
         also = [f.target for f in self.further]
-        return self.recipe.budgets.bounds(
+        asked = self.recipe.budgets.bounds(
             self.target.id, [target.id for target in also], several.latencies(self.recipe, (self.target, *also))
         )
+        return bounded(asked, self.chip) if self.chip else asked
 
     @cached_property
     def rivals(self) -> tuple[str, ...]:
@@ -356,6 +363,16 @@ class Context:
     @cached_property
     def backend(self) -> Any:
         return plugins.get("backends", self.target.backend)
+
+    @cached_property
+    def chip(self) -> Chip | None:
+        """The microcontroller that the run is for; None for anything else."""
+        return Chip(self.target) if is_program(self.backend) else None
+
+    @property
+    def profiler(self) -> Any:
+        """What fills a table of the run's (first) device."""
+        return program_profiler if self.chip else profiler
 
     @cached_property
     def transport(self) -> str:
@@ -401,14 +418,15 @@ class Context:
     def split(self, name: str, purpose: str) -> data.Split:
         return data.open_split(self.out / "data", name, purpose) if self.team.leads else data.opened_split(self.out / "data", name)
 
-    def evaluator(self, folder: Path, method: str) -> Evaluator:
+    def evaluator(self, folder: Path, method: str) -> AnyEvaluator:
         """Scores the candidates of the weights in a folder."""
         s = self.recipe.search
-        net = Supernet(self.family, self.family.load(str(folder)))
-        return Evaluator(
-            net, folder, self.space, self.task, self.metric, self.split("calibration", "ranges"), self.split("validation", "scores"),
-            method, s.calibration_samples, s.validation_samples, self.recipe.seed, self.target.workload.batch,
+        parts = (
+            Supernet(self.family, self.family.load(str(folder))), folder, self.space, self.task, self.metric,
+            self.split("calibration", "ranges"), self.split("validation", "scores"),
+            method, s.calibration_samples, s.validation_samples, self.recipe.seed,
         )  # fmt: skip
+        return ProgramEvaluator(*parts, self.target) if self.chip else Evaluator(*parts, self.target.workload.batch)
 
     def _bench(self, method: str) -> Bench | None:
         """What other processes need to score the super-network's candidates; None where the metric is only known here."""
@@ -417,6 +435,7 @@ class Context:
             weights=str((self.out / "supernet").resolve()), data=str((self.out / "data").resolve()), family=self.family.name,
             space=self.space, task=self.recipe.task, metric=self.metric, method=method, calibration_samples=s.calibration_samples,
             validation_samples=s.validation_samples, seed=self.recipe.seed, batch=self.target.workload.batch,
+            program=self.target if self.chip else None,
         )  # fmt: skip
 
     @cached_property
@@ -442,6 +461,8 @@ class Context:
         return tuple(self._priced(f.target, load(self.out / "tables" / f"{f.file}.json", LatencyTable)) for f in self.further)
 
     def _priced(self, target: Target, table: LatencyTable) -> Pricing:
+        if self.chip:
+            return Pricing(self.family, self.config, self.space, target, table, foreign=self.foreign, chip=self.chip)
         structure = lowering.export(self.family, self.config, self.out / "blueprints").stat().st_size
         return Pricing(self.family, self.config, self.space, target, table, structure, self.foreign if target == self.target else ())
 
@@ -463,6 +484,7 @@ class Context:
     def _data(self) -> list[Path]:
         r, folder = self.recipe, self.model_folder
         config = models.read_config(folder)
+        program_runs.check_family(self.family, plugins.get("backends", targets.make(r.device, r.backend, Workload()).backend))
         preprocessor = Preprocessor.from_model_folder(
             folder, config.to_dict(), r.data.max_length, [spec.name for spec in self.family.inputs(config)]
         )
@@ -517,7 +539,7 @@ class Context:
     def _table(self, space: SearchSpace, target: Target, backend: Any, device: Any, explicit: Path | None) -> LatencyTable:
         """The latency table of a target that runs here: a stored one that still holds, or a new one."""
         environment = device.environment(target, backend.versions())
-        operators = network.operators(self.family, self.config, space, target)
+        operators = (program_costs if self.chip else network).operators(self.family, self.config, space, target)
         found = None
         if self.table_use != "fresh":
             found = latency_table.find(target, environment, operators, explicit, self.recipe.allow_foreign)
@@ -541,7 +563,7 @@ class Context:
             return found.table
         if found:
             self.progress.note(f"adding {len(found.missing)} of {len(operators)} operators to the rows of {found.path}")
-        table = profiler.profile(
+        table: LatencyTable = self.profiler.profile(
             self.family, self.config, space, target, backend, device, work, self.recipe.seed, self.progress,
             seconds=self.recipe.profile_seconds, existing=found.table if found else None,
         )  # fmt: skip
@@ -566,7 +588,7 @@ class Context:
             return True
         try:
             work = self.out / "profiling"
-            ratio = profiler.canary(found.table, self.family, self.config, space, backend, device, work, self.recipe.seed)
+            ratio = self.profiler.canary(found.table, self.family, self.config, space, backend, device, work, self.recipe.seed)
         except TableError as error:
             if not places.is_packaged(places.TABLES, found.path):
                 raise
@@ -636,7 +658,7 @@ class Context:
         self.progress.note("choosing the calibration method on the uniformly quantized baseline")
         best, scores = best_method(tried, uniform(self.space))
         save(Method(chosen=best.method, scores=scores), self.out / "calibration.json")
-        reference = best.score(largest(self.space))
+        reference = best.reference()
         save(reference, self.out / "baseline.json")
         self.progress.note(f"baseline {self.metric} {reference.value:.2f} on validation; calibration by {best.method}")
         evaluator, s = self.evaluator(self.out / "supernet", best.method), self.recipe.search
@@ -685,11 +707,25 @@ class Context:
         """(name, role, weights, candidate) of every engine of the run, whatever the device."""
         front, reference = load(self.out / "front.json", Front), load(self.out / "baseline.json", Score)
         chosen = rerank.select(front, reference, self.recipe.measure.top_k, self.recipe.measure.safety)
+        plain = [
+            (rerank.BASELINE, "baseline", "baseline", largest(self.space)), (rerank.UNIFORM, "uniform", "baseline", uniform(self.space)),
+        ]  # fmt: skip
         return [
-            (rerank.BASELINE, "baseline", "baseline", largest(self.space)),
-            (rerank.UNIFORM, "uniform", "baseline", uniform(self.space)),
+            *(plain if self.chip is None else self._fitting(plain[1:])),
             *((f"candidate-{n}", "candidate", "supernet", e.candidate) for n, e in enumerate(chosen, 1)),
         ]
+
+    def _fitting(self, jobs: list[tuple[str, str, str, Candidate]]) -> list[tuple[str, str, str, Candidate]]:
+        """Those whose engines the microcontroller holds; a note says why another is not built."""
+        assert self.chip is not None
+        found = []
+        for job in jobs:
+            graph = network.graph(self.family, self.config, self.space, job[3], self.target)
+            if too_large := program_runs.too_large(self.chip.takes(graph), self.chip):
+                self.progress.note(f"{job[0]} is not built: {too_large}")
+            else:
+                found.append(job)
+        return found
 
     def build_there(self, f: several.Further, name: str, role: str, source: str, point: Candidate, folder: Path) -> None:
         """The engine of a candidate for a further device, with the precisions it has there, unless the folder holds it."""
@@ -720,6 +756,8 @@ class Context:
         """The engine of a candidate: as it comes, or the best of its variants where the recipe asks for a comparison."""
         if not self.compares:
             return build.build(parts, source, point, name, role, predicted, folder)
+        if self.chip:
+            program_runs.check_variants(self.recipe, self.target)
         ranges = source.evaluator.ranges(point)
         target, tried = self._compare(parts, source, point, ranges, predicted)
         self.progress.note(f"{name}: {variants.describe(tried)}")
@@ -808,14 +846,16 @@ class Context:
         ]  # fmt: skip
         scored.sort(key=lambda e: e.candidate.id)  # lines are in the order in which workers were done
         drawn = np.random.default_rng(self.recipe.seed).permutation(len(scored))[: self.recipe.measure.agreement]
-        part = validation.take(source.evaluator.rows)
+        evaluator = source.evaluator
+        part = validation.take(evaluator.rows[: program_runs.AGREEMENT_SAMPLES] if self.chip else evaluator.rows)
         pairs = {}
         for number, index in enumerate(drawn, 1):
             e = scored[index]
             path = folder / f"{e.candidate.id}-{source.evaluator.weights_digest[:8]}.json"
             if not path.is_file():
                 save(self._engine_score(source, e, part), path)
-            pairs[e.candidate.id] = (e.score.value, load(path, Score).value)
+            emulated = evaluator.score(e.candidate, part) if isinstance(evaluator, ProgramEvaluator) else e.score
+            pairs[e.candidate.id] = (emulated.value, load(path, Score).value)
             self.progress.step("emulated against built engines", number, len(drawn))
         return pairs
 
@@ -832,7 +872,8 @@ class Context:
         measured = [load(self.out / name, Measurement) for name, _ in self.done["measure"].files if name.startswith("measurements/")]
         manifests = {m.engine: load(self.out / "engines" / m.engine / "manifest.json", EngineManifest) for m in measured}
         save(rerank.correct(manifests, measured, digest(self.table)), self.out / "correction.json")
-        choice = rerank.choose(manifests, measured, self.bounds, self.recipe.measure.safety, self._there())
+        baseline = self._float_score(self.split("validation", "the float network's score")) if self.chip else None
+        choice = rerank.choose(manifests, measured, self.bounds, self.recipe.measure.safety, self._there(), baseline)
         path = self.out / "choice.json"
         if path.is_file() and _test_was_read(self.out) and load(path, Choice) != choice:
             raise DataError(
@@ -843,10 +884,16 @@ class Context:
         self.progress.note(f"chosen: {choice.engine}, {choice.reason}")
         result = rerank.examine(
             choice, self.out / "engines", lambda: self.split("test", "final scores"), self.task, self.metric,
-            self.out / "measurements" / "scores", self.recipe.seed,
+            self.out / "measurements" / "scores", self.recipe.seed, self._float_score if self.chip else None,
         )  # fmt: skip
         save(result, self.out / "test.json")
         return [self.out / name for name in ("correction.json", "choice.json", "test.json")]
+
+    def _float_score(self, split: data.Split) -> Score:
+        """The baseline's score of a split where no engine can be made of it."""
+        evaluator = self.sources["baseline"].evaluator
+        assert isinstance(evaluator, ProgramEvaluator)
+        return evaluator.reference(split)
 
     def _there(self) -> dict[str, list[rerank.There]]:
         """Engine ▸ what its network is on every further device: measured where that runs here, else predicted and emulated."""
@@ -899,12 +946,14 @@ def plan(recipe: Recipe, out: Path) -> list[dict[str, Any]]:
         "rerank": "choose by what was measured, then read test once",
         "report": "HTML, Markdown and JSON",
     }
+    what |= (chip := program_runs.planned(recipe))
     size = _weights_megabytes(recipe)
     minutes = {
         "profile": devices * recipe.profile_seconds / 60,
         "measure": devices * engines * (len(m.batches) * m.seconds + measure.LATENCY_SECONDS) / 60,
         "finetune": FINETUNE_SHARE * recipe.minutes or None, "search": (SEARCH_SHARE - FINETUNE_SHARE) * recipe.minutes or None,
     }  # fmt: skip
+    minutes |= dict.fromkeys(chip, None)  # nothing of it is timed
     disk = {"finetune": size and 6 * size, "build": size and devices * engines * size}
     return [
         {"stage": stage, "what": what[stage], "done": stage in finished, "minutes": minutes.get(stage), "disk_mb": disk.get(stage)}

@@ -299,6 +299,8 @@ class Budget(Record, frozen=True):
     bound: float
     target: str = ""
     """Target id; empty where the metric has none (drop) or there is one target."""
+    limit: bool | msgspec.UnsetType = msgspec.UNSET
+    """Of the device itself: nobody had to ask for it. Not written otherwise, so that digests of choices stay what they were."""
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -503,6 +505,23 @@ class Variant(Record, frozen=True):
     """Why it was not kept; empty: it was."""
 
 
+class OnChip(Record, frozen=True):
+    """What an engine takes of a microcontroller; its reference sample was run in QEMU."""
+
+    ram_bytes: int
+    """Arena, stack and variables."""
+    ram_limit: int
+    flash_bytes: int
+    flash_limit: int
+    stack_bytes: int
+    """Deepest stack that was seen."""
+    stack_limit: int
+    instructions: int
+    """Counted, exactly."""
+    peak: str
+    """Operator at which most of the arena is in use."""
+
+
 class EngineManifest(Record, frozen=True):
     """`manifest.json` of an engine folder; file hashes cover every other file of the folder."""
 
@@ -538,6 +557,8 @@ class EngineManifest(Record, frozen=True):
     """What a reader must know about how it was built, a sentence each."""
     variants: tuple[Variant, ...] = ()
     """What was tried before this was kept: backends, then session settings; empty where nothing was compared."""
+    chip: OnChip | None = None
+    """Of an engine for a microcontroller."""
 
 
 class Measurement(Record, frozen=True):

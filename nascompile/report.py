@@ -5,6 +5,7 @@ Keys of `report.json`; a section whose records are not there has their names in 
   headline      chosen engine, throughput ratio, accuracy change with its interval, size ratio, file, reason, budgets
   foreign       where predictions are a latency table's of another environment: what differs, there and here; else empty
   engines       one entry per engine folder: predicted, measured, throughput, size, validation and test scores
+  chip          of engines for a microcontroller: memory, stack, instructions of each, and the float network's scores; else not there
   devices       of a search for several: each one's front, what the fronts share, what a shared network costs each; else not there
   front         non-dominated and scored candidates with predicted latency and emulated validation score
   prediction    predicted against measured latency: engines of this run, validation networks of the table
@@ -77,6 +78,8 @@ WRITERS = {
 }  # fmt: skip
 """Record ▸ the stage that writes it."""
 STAGES = ("data", "profile", "finetune", "search", "build", "measure", "rerank", "report")
+BASELINE = "baseline"
+"""Name of the baseline's engine, and of its score where it has no engine."""
 PERCENT_METRICS = ("accuracy", "f1", "auc")
 MILLISECONDS = {"s": 1e3, "ms": 1.0, "us": 1e-3, "µs": 1e-3, "ns": 1e-6}
 
@@ -108,6 +111,8 @@ def closing_table(run: Path) -> Table:
 
     records = read(run)
     engines = _engines(records)
+    if any(e["chip"] for e in engines):
+        return _chip_table(records, engines)
     caption = "\n".join(filter(None, (_caption(records.foreign), _time_model(records)))) or None
     table = Table(title=f"{run.name}: engines, relative to the baseline", title_justify="left", caption=caption)
     table.add_column("engine")
@@ -121,6 +126,33 @@ def closing_table(run: Path) -> Table:
             style="bold" if e["chosen"] else "",
         )  # fmt: skip
     return table
+
+
+def _chip_table(records: RunRecords, engines: list[Json]) -> Table:
+    """The same for a microcontroller."""
+    from rich.table import Table
+
+    facts = _chip(records, engines)
+    floats = [f"{split} {_score(facts[f'float_{split}'])}" for split in ("validation", "test") if facts[f"float_{split}"]]
+    caption = [_caption(records.foreign), _time_model(records), f"FP32 network, which has no engine: {', '.join(floats)}" * bool(floats)]
+    title = f"{records.folder.name}: engines for {facts['device']}"
+    table = Table(title=title, title_justify="left", caption="\n".join(filter(None, caption)) or None)
+    table.add_column("engine")
+    speedup = [f"speed-up over {facts['compared'].removeprefix('the ')}"] if facts["compared"] else []
+    for name in ("predicted ms", "modelled ms", "instructions, counted", *speedup, "RAM", "flash", "stack", "validation", "test"):
+        table.add_column(name, justify="right")
+    for e in engines:
+        chip, ratio = e["chip"], [_times(e["speedup"])] if speedup else []
+        table.add_row(
+            f"{e['title']}", _interval(e["predicted"]), _latency(e["measured"]), f"{chip['instructions']:,}", *ratio,
+            *(_of_limit(chip[f"{part}_bytes"], chip[f"{part}_limit"]) for part in ("ram", "flash", "stack")), _score(e["validation"]),
+            _score(e["test"]), style="bold" if e["chosen"] else "",
+        )  # fmt: skip
+    return table
+
+
+def _of_limit(used: int, limit: int) -> str:
+    return f"{used:,} ({used / limit:.0%})"
 
 
 def _caption(foreign: Differences) -> str | None:
@@ -159,6 +191,7 @@ def gather(run: Path) -> Json:
     devices = _devices(records)
     return {
         **({"devices": devices} if devices else {}),
+        **({"chip": chip} if (chip := _chip(records, engines)) else {}),
         **({"explain": _explain(records.explanation)} if records.explanation else {}),
         "summary": _summary(records, engines),
         "name": _name(records),
@@ -205,6 +238,8 @@ class RunRecords:
     table: LatencyTable | None
     foreign: Differences
     """What differs where predictions are those of a table of another environment."""
+    reference: Score | None
+    """The float network's on validation."""
     front: Front | None
     explanation: Explanation | None
     """Of this front; one of an earlier front is not shown."""
@@ -238,6 +273,7 @@ def read(run: Path) -> RunRecords:
         agreement=_plain(run / "agreement.json"),
         table=_optional(run / "table.json", LatencyTable),
         foreign=use.differences if use else front.foreign if front else (),
+        reference=_optional(run / "baseline.json", Score),
         front=front,
         explanation=_explanation(run / "explain.json", front),
         correction=_optional(run / "correction.json", Correction),
@@ -318,12 +354,17 @@ def _engines(records: RunRecords) -> list[Json]:
     def place(e: EngineManifest) -> tuple[int, int, int, str]:
         return order[e.role], e.name != chosen, ranking.index(e.name) if e.name in ranking else len(ranking), e.name
 
-    baseline = records.engine("baseline")
-    reference = _throughput(records, baseline) if baseline else None
-    return [_engine(records, e, baseline, reference) for e in sorted(records.engines, key=place)]
+    compared = _compared(records)
+    reference = _throughput(records, compared) if compared else None
+    return [_engine(records, e, compared, reference) for e in sorted(records.engines, key=place)]
 
 
-def _engine(records: RunRecords, e: EngineManifest, baseline: EngineManifest | None, reference: Json | None) -> Json:
+def _compared(records: RunRecords) -> EngineManifest | None:
+    """What sizes and speeds are relative to: the baseline's engine; the uniform one on a microcontroller, which runs no floats."""
+    return records.engine("baseline") or next((e for e in records.engines if e.chip and e.role == "uniform"), None)
+
+
+def _engine(records: RunRecords, e: EngineManifest, compared: EngineManifest | None, reference: Json | None) -> Json:
     measurement = records.measurements.get(e.name)
     is_chosen = records.choice is not None and e.name == records.choice.engine
     title = {"baseline": "Baseline", "uniform": f"Uniform {e.name.partition('-')[2].upper()}".strip()}.get(e.role, e.name)
@@ -331,7 +372,8 @@ def _engine(records: RunRecords, e: EngineManifest, baseline: EngineManifest | N
     batches = [_quantity(q) | {"batch": batch} for batch, q in measurement.throughput] if measurement else []
     test = dict(records.test.scores).get(e.name) if records.test else None
     differences = [d for d in records.test.differences if d.engine == e.name] if records.test else []
-    against = next((d for d in differences if baseline and d.reference == baseline.name), None)
+    own = compared.name if compared and compared.role == "baseline" else BASELINE
+    against = next((d for d in differences if d.reference == own), None)
     return {
         "name": e.name, "role": e.role, "chosen": is_chosen, "title": f"Chosen: {title}" if is_chosen else title,
         "folder": str(records.folder / "engines" / e.name),
@@ -341,8 +383,8 @@ def _engine(records: RunRecords, e: EngineManifest, baseline: EngineManifest | N
         "throughput": throughput,
         "throughput_best": max(batches, key=lambda b: b["value"], default=None),
         "speedup": throughput["value"] / reference["value"] if throughput and reference else None,
-        "size_bytes": e.size_bytes,
-        "size_ratio": e.size_bytes / baseline.size_bytes if baseline and baseline.size_bytes else None,
+        "size_bytes": e.size_bytes, "chip": msgspec.to_builtins(e.chip) if e.chip else None,
+        "size_ratio": e.size_bytes / compared.size_bytes if compared and compared.size_bytes else None,
         "parameters": e.parameters,
         "peak_memory_bytes": measurement.peak_memory_bytes if measurement else None,
         "build_seconds": e.build_seconds,
@@ -422,7 +464,7 @@ def _summary(records: RunRecords, engines: list[Json]) -> Json:
     def numbers(role: str) -> Json | None:
         e = next((e for e in engines if (e["chosen"] if role == "chosen" else e["role"] == role)), None)
         if e is None:
-            return None
+            return _unbuilt(records) if role == "baseline" else None
         score = e["test"] or e["validation"] or {}
         found = {
             "accuracy": score.get("value"), "accuracy_split": "test" if e["test"] else "validation" if e["validation"] else None,
@@ -447,6 +489,32 @@ def _summary(records: RunRecords, engines: list[Json]) -> Json:
         "engine": chosen["folder"] if chosen else None,
         **({"devices": [{key: d[key] for key in shown} for d in devices["devices"]]} if devices else {}),
         **({"foreign": _foreign(records.foreign)} if records.foreign else {}),
+    }  # fmt: skip
+
+
+def _unbuilt(records: RunRecords) -> Json | None:
+    """The float network where no engine can be made of it: its score, of test once that was read."""
+    test = dict(records.test.scores).get(BASELINE) if records.test else None
+    score = test or records.reference
+    if score is None or not any(e.chip for e in records.engines):
+        return None
+    return {"accuracy": score.value, "accuracy_split": "test" if test else "validation"} | dict.fromkeys(
+        ("latency_ms", "p50_ms", "throughput", "size_bytes")
+    )
+
+
+def _chip(records: RunRecords, engines: list[Json]) -> Json:
+    """Memory and instructions of every engine for a microcontroller; nothing for other devices."""
+    rows = [e for e in engines if e["chip"]]
+    if not rows:
+        return {}
+    test = dict(records.test.scores).get(BASELINE) if records.test else None
+    compared = _compared(records)
+    return {
+        "device": records.recipe.get("device", ""), "engines": [e["name"] for e in rows],
+        "compared": f"the {compared.name} engine" if compared else "",
+        "float_validation": _score_facts(records.reference) if records.reference else None,
+        "float_test": _score_facts(test) if test else None,
     }  # fmt: skip
 
 
@@ -951,6 +1019,7 @@ def _templates(*, html: bool) -> Any:
     )  # fmt: skip
     found.filters |= {
         "number": number, "signed": signed, "file_size": file_size, "count_si": count, "duration": duration, "interval": _interval,
+        "of_limit": _of_limit,
         "latency": _latency, "rate": _rate, "times": _times, "score": _score, "plain": _plain_value, "code": _code,
         "verbatim": Code, "agreement": _agreement_words, "balance": _balance,
     }  # fmt: skip

@@ -86,13 +86,15 @@ class There:
 def choose(
     manifests: Mapping[str, EngineManifest], measured: Sequence[Measurement], budgets: tuple[Budget, ...], safety: float,
     there: Mapping[str, Sequence[There]] | None = None,
+    baseline: Score | None = None,
 ) -> Choice:  # fmt: skip
     """The best engine file by what was measured; BudgetError with the nearest one if none meets the budgets.
 
-    `there`: engine ▸ what its network is on further targets. Their budgets count as much, and `select`'s order holds.
+    `there`: engine ▸ what its network is on further targets. Their budgets count as much, and `select`'s order holds. `baseline`: the
+    float network's score where there is no engine of it.
     """
     scores = {m.engine: m.score for m in measured if m.score is not None}
-    baseline, there = scores[BASELINE], there or {}
+    baseline, there = baseline or scores[BASELINE], there or {}
     rejected, sound = {}, []
     for m in measured:
         others = there.get(m.engine, ())
@@ -123,15 +125,15 @@ def choose(
     ranked = sorted(sound, key=place)
     best = ranked[0]
     lost, error = drop(baseline, scores[best.engine])
-    aim = f"best validation {baseline.metric}" if _costs(budgets) else f"lowest {best.latency.kind} latency"
+    aim = f"best validation {baseline.metric}" if _accuracy_first(budgets) else f"lowest {best.latency.kind} latency"
     spare = "" if margin(best) >= 0 else f", though not with {safety:g} standard errors to spare"
     others = there.get(best.engine, ())
     if others:
-        aim += " on the worst of the devices" if _costs(budgets) else ", multiplied over the devices,"
+        aim += " on the worst of the devices" if _accuracy_first(budgets) else ", multiplied over the devices,"
     return Choice(
         engine=best.engine,
         reason=f"{aim} among the engines that meet every budget on validation{spare}: "
-        f"{best.latency.value:.3g} ms, drop {lost:.2f} ± {error:.2f} points"
+        f"{best.latency.value:.3g} ms{' modelled' * (best.latency.kind == 'modelled')}, drop {lost:.2f} ± {error:.2f} points"
         + "".join(f"; on {t.label} {t.latency_ms:.3g} ms {t.kind}, drop {drop(t.baseline, t.score)[0]:.2f}" for t in others),
         budgets=budgets, ranking=tuple(m.engine for m in ranked), rejected=tuple(sorted(rejected.items())),
         foreign=_foreign(manifests) or msgspec.UNSET,
@@ -143,11 +145,19 @@ def _foreign(manifests: Mapping[str, EngineManifest]) -> Differences:
     return next((m.foreign for m in manifests.values() if m.foreign), ())
 
 
-def examine(choice: Choice, engines: Path, open_test: Callable[[], Any], task: Any, metric: str, folder: Path, seed: int) -> TestResult:
-    """Test scores of the chosen engine, the baseline and the uniform engine: the one reading of the test split."""
+def examine(
+    choice: Choice, engines: Path, open_test: Callable[[], Any], task: Any, metric: str, folder: Path, seed: int,
+    float_score: Callable[[Any], Score] | None = None,
+) -> TestResult:  # fmt: skip
+    """Test scores of the chosen engine, the baseline and the uniform engine: the one reading of the test split.
+
+    `float_score`: the baseline's score of a split where there is no engine of it.
+    """
     split = open_test()
     names = list(dict.fromkeys((BASELINE, UNIFORM, choice.engine)))
     scores = {name: score_engine(Loaded.open(engines / name), split, task, metric, folder) for name in names if (engines / name).is_dir()}
+    if float_score:
+        scores = {BASELINE: float_score(split)} | scores
     differences = [
         _difference(choice.engine, name, scores[choice.engine], scores[name], seed) for name in scores if name != choice.engine
     ]
@@ -161,12 +171,14 @@ def _difference(engine: str, reference: str, a: Score, b: Score, seed: int) -> D
 
 
 def _order(budgets: tuple[Budget, ...], accuracy: float, latency_ms: float) -> tuple[float, float]:
-    """What is best within the budgets: accuracy where a cost is bounded, else speed."""
-    return (-accuracy, latency_ms) if _costs(budgets) else (latency_ms, -accuracy)
+    """What is best within the budgets: accuracy or speed first."""
+    return (-accuracy, latency_ms) if _accuracy_first(budgets) else (latency_ms, -accuracy)
 
 
-def _costs(budgets: tuple[Budget, ...]) -> tuple[Budget, ...]:
-    return tuple(b for b in budgets if b.metric != "drop")
+def _accuracy_first(budgets: tuple[Budget, ...]) -> bool:
+    """Whether accuracy goes before speed: where somebody bounded a cost, and where nothing but the device's limits bounds anything."""
+    asked = [b for b in budgets if b.limit is not True]
+    return any(b.metric != "drop" for b in asked) or (bool(budgets) and not asked)
 
 
 def _margin(baseline: Score, score: Score, budgets: tuple[Budget, ...], safety: float) -> float:
@@ -196,7 +208,7 @@ def _fault(m: Measurement, manifest: EngineManifest, score: Score, baseline: Sco
     """Why a measured engine breaks a budget; empty if it does not."""
     graph = manifest.graph
     macs = sum(node.macs for node in graph.nodes) / 1e6 if graph else 0.0
-    memory = graph.memory_bytes / 1e6 if graph else 0.0
+    memory = manifest.chip.ram_bytes / 1e6 if manifest.chip else graph.memory_bytes / 1e6 if graph else 0.0
     actual = {
         "latency_ms": m.latency.value, "size_mb": manifest.size_bytes / 1e6, "macs_m": macs, "memory_mb": memory,
         "drop": drop(baseline, score)[0],

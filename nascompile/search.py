@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ import msgspec
 import numpy as np
 
 from nascompile import journal, latency_table, network, pareto, plugins, space as spaces
-from nascompile.accuracy import Evaluator, ladder
+from nascompile.accuracy import ladder
 from nascompile.errors import BudgetError
 from nascompile.families import Family
+from nascompile.program_accuracy import AnyEvaluator
+from nascompile.program_costs import Chip, refusal
 from nascompile.progress import Progress, Standing
 from nascompile.records import (
     Budget,
@@ -46,6 +49,8 @@ IDLE_ROUNDS = 25
 """Rounds in which every proposal was over budget or known before the search gives up on finding more."""
 UNKNOWN = 1e6
 """What stands for the score of a candidate that has none."""
+LIMITS = {"memory_mb": "RAM", "size_mb": "flash"}
+"""Cost ▸ what it takes of a microcontroller."""
 DROP_SLACK = 1.0
 """Points beyond `max_drop` that the search still explores, so that the border is seen from both sides."""
 
@@ -63,30 +68,52 @@ class Pricing:
     """What a graph file holds besides weights, about."""
     foreign: Differences = ()
     """What differs where the table is of another environment."""
+    chip: Chip | None = None
+    """Of a microcontroller: RAM and flash then stand for memory and size."""
 
     def __call__(self, point: Candidate) -> tuple[dict[str, float], Any, int, int, int]:
         """({metric: value}, latency interval, size in bytes, parameters, MACs)."""
         graph = network.graph(self.family, self.config, self.space, point, self.target)
-        latency = latency_table.predict(self.table, graph)
-        size = self.structure_bytes + sum(node.size_bytes for node in graph.nodes)
+        taken = self.chip.takes(graph) if self.chip else None
+        latency = latency_table.predict(self.table, taken.graph if taken else graph)
+        size = taken.flash if taken else self.structure_bytes + sum(node.size_bytes for node in graph.nodes)
+        memory = taken.ram if taken else graph.memory_bytes
         parameters, macs = sum(node.parameters for node in graph.nodes), sum(node.macs for node in graph.nodes)
-        costs = {"latency_ms": latency.value, "size_mb": size / 1e6, "macs_m": macs / 1e6, "memory_mb": graph.memory_bytes / 1e6}
+        costs = {"latency_ms": latency.value, "size_mb": size / 1e6, "macs_m": macs / 1e6, "memory_mb": memory / 1e6}
         return costs, latency, size, parameters, macs
 
     def costs(self, point: Candidate) -> dict[str, float]:
         """{metric: value} as above, thousands of candidates a second: blocks are remembered."""
+        graph = self._graph(point)
+        taken = self.chip.takes(graph) if self.chip else None
+        size = taken.flash if taken else self.structure_bytes + sum(node.size_bytes for node in graph.nodes)
+        memory = taken.ram if taken else graph.memory_bytes
+        times = self._times(taken.graph if taken else graph)
+        return times | {"size_mb": size / 1e6, "memory_mb": memory / 1e6}
+
+    def in_time(self, point: Candidate) -> dict[str, float]:
+        """Latency and MACs alone, which take no planning: those of the plan that most candidates have."""
+        return self._times(self._graph(point))
+
+    def _times(self, graph: OperatorGraph) -> dict[str, float]:
+        lacking = bool(self.chip) and any(node.operator not in self._rows for node in graph.nodes)
+        latency = self._guess(graph) if lacking else latency_table.total(self.table, self._rows, graph)
+        return {"latency_ms": latency, "macs_m": sum(node.macs for node in graph.nodes) / 1e6}
+
+    def _guess(self, graph: OperatorGraph) -> float:
+        """Milliseconds of what no kernel takes and so no row counts, by its products: searchers want a number."""
+        pace = max(row.latency.value / max(1, self.family.macs(row.operator)) for row in self.table.rows)
+        return pace * sum(node.macs for node in graph.nodes)
+
+    def _graph(self, point: Candidate) -> OperatorGraph:
+        """The candidate's nodes, of blocks that were seen before from memory; TableError if a block that can be run has no row."""
         keys = self._blocks(point)
         if any(key not in self._known for key in keys):
             graph = network.graph(self.family, self.config, self.space, point, self.target)
-            latency_table.predict(self.table, graph)
+            runnable = tuple(node for node in graph.nodes if not (self.chip and refusal(node.operator)))
+            latency_table.predict(self.table, OperatorGraph(nodes=runnable))
             self._known.update(zip(keys, graph.nodes, strict=True))
-        graph = OperatorGraph(nodes=tuple(self._known[key] for key in keys))
-        latency, size = latency_table.total(self.table, self._rows, graph), sum(node.size_bytes for node in graph.nodes)
-        macs = sum(node.macs for node in graph.nodes)
-        return {
-            "latency_ms": latency, "size_mb": (self.structure_bytes + size) / 1e6, "macs_m": macs / 1e6,
-            "memory_mb": graph.memory_bytes / 1e6,
-        }  # fmt: skip
+        return OperatorGraph(nodes=tuple(self._known[key] for key in keys))
 
     def _blocks(self, point: Candidate) -> list[tuple[Any, ...]]:
         """What decides the costs of each of the candidate's blocks, in execution order."""
@@ -118,7 +145,7 @@ class Pricing:
 
 
 def search(
-    evaluator: Evaluator, pricing: Pricing, baseline: Score, budgets: tuple[Budget, ...], settings: SearchSettings, seed: int,
+    evaluator: AnyEvaluator, pricing: Pricing, baseline: Score, budgets: tuple[Budget, ...], settings: SearchSettings, seed: int,
     path: Path, progress: Progress, deadline: float = float("inf"), also: Sequence[Pricing] = (), executor: Executor | None = None,
 ) -> Front:  # fmt: skip
     """The non-dominated scored candidates within the cost budgets, cheapest first; BudgetError if no candidate meets every budget.
@@ -203,11 +230,15 @@ class Aim:
     def problem(self, space: SearchSpace) -> Problem:
         """What searchers are told."""
         bounded = any(budget.metric != "drop" for budget in self.budgets)
-        return Problem(space, self.count, self._price, bounded)
+        slow = any(getattr(pricing, "chip", None) for pricing in self.pricings) and not set(self.names) & set(LIMITS)
+        return Problem(space, self.count, self._price, bounded, self._values if slow else None)
 
     def _price(self, point: Candidate) -> Price:
         costs = self.costs(point)
         return Price(tuple(self.objectives(costs, None)), self.over(costs))
+
+    def _values(self, point: Candidate) -> tuple[float | None, ...]:
+        return tuple(self.objectives(tuple(pricing.in_time(point) for pricing in self.pricings), None))
 
     def prices(self, point: Candidate) -> tuple[Priced, ...]:
         """What each Pricing says of the candidate."""
@@ -289,7 +320,7 @@ def _by(scored: Any) -> tuple[str, str, str]:
 class Scoring:
     """Scores what the journal does not have, through an executor, and writes each evaluation there as soon as it is whole."""
 
-    evaluator: Evaluator
+    evaluator: AnyEvaluator
     executor: Executor
     known: Known
     foreign: Differences
@@ -370,7 +401,7 @@ def _standing(scored: Sequence[Evaluation], matrix: np.ndarray[Any, Any], new: i
 
 def _unaffordable(nearest: Any, aim: Aim, space: SearchSpace) -> BudgetError:
     costs = [b for b in aim.budgets if b.metric != "drop"]
-    asked = ", ".join(" ".join(filter(None, (b.metric, "≤", f"{b.bound:g}", aim.named(b) and f"on {aim.named(b)}"))) for b in costs)
+    asked = ", ".join(" ".join(filter(None, (b.metric, "≤", f"{b.bound:g}", _whose(aim, b)))) for b in costs)
     if nearest is None:
         return BudgetError(f"no candidate could be tried within {asked}", hint="raise `--time`")
     _, point, spent = nearest
@@ -379,15 +410,25 @@ def _unaffordable(nearest: Any, aim: Aim, space: SearchSpace) -> BudgetError:
     if many:
         found = [f"{label(p.target)}: {text}" for p, text in zip(aim.pricings, found, strict=True)]
     detail = f"nearest: {'; '.join(found)} ({_shape(point)})"
-    changes = []
+    changes, lacking = [], []
     for b, cost in aim.bounded(spent):
-        if cost > b.bound:
+        if cost > b.bound and b.limit is True:
+            lacking.append(f"{LIMITS[b.metric]} (at least {math.ceil(cost * 1e6):,} bytes)")
+        elif cost > b.bound:
             on = f"{aim.named(b)}=" if many and b.metric == "latency_ms" else ""
             changes.append(f"`--{b.metric.replace('_', '-')}` to {on}{_ceil(cost):.3g}")
     changes = list(dict.fromkeys(changes))
+    ways = [f"raise {' and '.join(changes)}"] * bool(changes) + [f"take a device with more {' and '.join(lacking)}"] * bool(lacking)
     return BudgetError(
-        f"no candidate meets the budget: {asked}", detail=detail, hint=f"raise {' and '.join(changes)}, or start from a smaller model"
+        f"no candidate meets the budget: {asked}", detail=detail, hint=f"{' and '.join(ways)}, or start from a smaller model"
     )
+
+
+def _whose(aim: Aim, b: Budget) -> str:
+    """Of which device a budget is, where that has to be said."""
+    if b.limit is True:
+        return f"(all the {LIMITS[b.metric]} of the device)"
+    return aim.named(b) and f"on {aim.named(b)}"
 
 
 def _require_accuracy(evaluations: list[Evaluation], baseline: Score, budgets: tuple[Budget, ...]) -> None:

@@ -131,11 +131,13 @@ class Budgets(Record, frozen=True):
     """Milliseconds per call on the (first) device; for several, a bound by device: `{cpu = 3.0, "pi4:onnxruntime" = 20.0}`, the
     name "" being the first."""
     size_mb: float | None = None
-    """Megabytes of the graph file; with several devices, of each one's."""
+    """Megabytes of the graph file; with several devices, of each one's. Of a microcontroller, flash: what it has is a bound without being
+    asked for, and so is its RAM for `memory_mb`."""
     macs_m: float | None = None
     memory_mb: float | None = None
     """Megabytes that a call needs for the network itself, with several devices on each: weights as stored, and activations that are
-    alive at once, counted. What interpreter and runtime take beside them is not in it; the report has the peak of the whole process."""
+    alive at once, counted. What interpreter and runtime take beside them is not in it; the report has the peak of the whole process. Of a
+    microcontroller, RAM: arena, stack and variables."""
     max_drop: float | None = None
     """Points of the metric an engine may lose against the baseline, on each device."""
 
@@ -328,7 +330,7 @@ def check(recipe: Recipe) -> Recipe:
         faults.append(f"search.objectives: {count}, a latency for each of {devices} devices; at most four (worst_ratio is one for all)")
     if recipe.also and recipe.backend == targets.AUTO:
         faults.append("backend = auto: variants are compared for one device, `also` names more; name the backend")
-    if recipe.budgets in (Budgets(), Budgets(latency_ms={})):
+    if recipe.budgets in (Budgets(), Budgets(latency_ms={})) and not _limited(recipe.device):
         faults.append("no budget: give at least one of --max-drop, --latency-ms, --size-mb, --macs-m, --memory-mb")
     for folder, name in (("tasks", recipe.task), ("recipes", f.recipe), ("searchers", s.searcher)):
         if name.replace("-", "_") not in plugins.names(folder):
@@ -338,6 +340,11 @@ def check(recipe: Recipe) -> Recipe:
     if faults:
         raise RecipeError("the recipe cannot be run", detail="\n".join(faults), hint="`nascompile run --help` explains every setting")
     return recipe
+
+
+def _limited(device: str) -> bool:
+    """Whether a device has limits of its own, which bound a search without being asked for."""
+    return device in targets.names() and targets.load_profile(device).flash_bytes > 0
 
 
 LEARNING = ("ehvi", "linas-table", "mip")

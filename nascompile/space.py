@@ -43,7 +43,7 @@ def of_targets(space: SearchSpace, kept: Sequence[int]) -> SearchSpace:
     genes = []
     for gene in space.genes:
         choices = tuple(c for c in gene.choices if gene.kind == "architecture" or any(c in names for names in legal))
-        if gene.kind == "architecture" or len(choices) > 1:
+        if gene.kind == "architecture" or len(choices) > 1 or FLOAT32 not in space.precisions:
             genes.append(msgspec.structs.replace(gene, choices=choices))
     used = {choice for gene in genes for choice in gene.choices}
     return msgspec.structs.replace(

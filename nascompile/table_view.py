@@ -18,6 +18,7 @@ import msgspec
 from nascompile import latency_table
 from nascompile.errors import TableError
 from nascompile.latency_table import RowDifference
+from nascompile.mcu.board import instructions_of
 from nascompile.records import LatencyTable, Operator, TableRow, Target, write_atomic
 
 if TYPE_CHECKING:
@@ -71,10 +72,10 @@ def by_kind(table: LatencyTable) -> list[RenderableType]:
         groups.setdefault(row.operator.kind, []).append(row)
     whole = _sum(table.rows)
     ordered = sorted(groups.items(), key=lambda item: (-_sum(item[1]), item[0]))
-    return [_kind_table(kind, rows, whole) for kind, rows in ordered]
+    return [_kind_table(kind, rows, whole, modelled_clock(table)) for kind, rows in ordered]
 
 
-def _kind_table(kind: str, rows: Sequence[TableRow], whole: float) -> Table:
+def _kind_table(kind: str, rows: Sequence[TableRow], whole: float, clock: float) -> Table:
     sizes = [_sizes(row.operator) for row in rows]
     names = list(dict.fromkeys(name for size in sizes for name in size))
     varying = [name for name in names if len({size.get(name) for size in sizes}) > 1]
@@ -86,7 +87,8 @@ def _kind_table(kind: str, rows: Sequence[TableRow], whole: float) -> Table:
     for name in varying:
         found.add_column(_escaped(name), justify="right")
     found.add_column("precision")
-    for name in ("ms", "p50", "p90", "n", "share"):
+    counted = ("instructions",) if clock else ()
+    for name in (*counted, "ms", *(() if clock else ("p50", "p90", "n")), "share"):
         found.add_column(name, justify="right")
     found.add_column("")
     order = sorted(range(len(rows)), key=lambda i: (-rows[i].latency.value, rows[i].operator.label))
@@ -95,7 +97,8 @@ def _kind_table(kind: str, rows: Sequence[TableRow], whole: float) -> Table:
         levels = dict(q.quantiles)
         found.add_row(
             *(_escaped(str(sizes[i].get(name, ""))) for name in varying), _escaped(row.operator.precision.name),
-            _ms(q.value), _ms(levels.get(0.5)), _ms(levels.get(0.9)), f"{q.n:,}", f"{q.value / whole:.1%}" if whole else "",
+            *([f"{instructions_of(q.value, clock):,}"] if clock else []), _ms(q.value),
+            *([] if clock else [_ms(levels.get(0.5)), _ms(levels.get(0.9)), f"{q.n:,}"]), f"{q.value / whole:.1%}" if whole else "",
             "noisy" if row.noisy else "",
             style="yellow" if row.noisy else "",
         )  # fmt: skip
@@ -114,6 +117,11 @@ def _escaped(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+def modelled_clock(table: LatencyTable) -> float:
+    """MHz by which milliseconds follow from counted instructions; 0 where they are measured."""
+    return float(dict(table.target.session).get("clock_mhz", 0)) if latency_table.time_model(table.environment) else 0.0
 
 
 def _sum(rows: Iterable[TableRow]) -> float:
@@ -152,6 +160,7 @@ def rows_of(table: LatencyTable) -> list[Row]:
         **{f"environment.{name}": _cell(value) for name, value in table.environment.must_match if not name.startswith("session.")},
         **{f"recorded.{name}": _cell(value) for name, value in table.environment.recorded},
     }  # fmt: skip
+    clock = modelled_clock(table)
     names = operator_columns(row.operator for row in table.rows)
     found = []
     for row in table.rows:
@@ -160,6 +169,7 @@ def rows_of(table: LatencyTable) -> list[Row]:
         found.append(
             {
                 **operator_cells(row.operator, names), "ms": q.value, "predicted_ms": latency_table.counted(table, row),
+                "instructions": instructions_of(q.value, clock) if clock else None,
                 **{f"p{100 * level:g}_ms": levels.get(level) for level in LEVELS}, "n": q.n, "timing": q.kind, "noisy": row.noisy,
                 "noise": noise if math.isfinite(noise) else None, "share": q.value / whole if whole else None, **about,
             }

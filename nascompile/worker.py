@@ -21,7 +21,7 @@ import msgspec
 
 import nascompile
 from nascompile.errors import NascompileError
-from nascompile.records import Candidate, Pairs, Record, Score, SearchSpace, encode
+from nascompile.records import Candidate, Pairs, Record, Score, SearchSpace, Target, encode
 
 SPLITS = ("calibration", "validation")
 """All that a worker reads of the data."""
@@ -43,6 +43,8 @@ class Bench(Record, frozen=True):
     validation_samples: int
     seed: int
     batch: int
+    program: Target | None = None
+    """What is scored are integer programs for this target; None: graphs."""
 
 
 class Job(Record, frozen=True):
@@ -85,15 +87,17 @@ def load(bench: Bench) -> Callable[[Job], Answer]:
 
     from nascompile import data, plugins
     from nascompile.accuracy import Evaluator
+    from nascompile.program_accuracy import ProgramEvaluator
     from nascompile.supernet import Supernet
 
     torch.set_num_threads(1)
     family = plugins.get("families", bench.family)
     calibration, validation = (data.opened_split(Path(bench.data), name) for name in SPLITS)
-    evaluator = Evaluator(
+    parts = (
         Supernet(family, family.load(bench.weights)), Path(bench.weights), bench.space, plugins.get("tasks", bench.task), bench.metric,
-        calibration, validation, bench.method, bench.calibration_samples, bench.validation_samples, bench.seed, bench.batch,
+        calibration, validation, bench.method, bench.calibration_samples, bench.validation_samples, bench.seed,
     )  # fmt: skip
+    evaluator = Evaluator(*parts, bench.batch) if bench.program is None else ProgramEvaluator(*parts, bench.program)
 
     def answer(job: Job) -> Answer:
         began = time.monotonic()

@@ -11,9 +11,10 @@ import numpy as np
 from nascompile.backends import Runner
 from nascompile.errors import UnsupportedError
 from nascompile.mcu import board as boards, interpreter, project, toolchain, transformer
+from nascompile.mcu.footprints import Footprints
 from nascompile.mcu.program import Program
 from nascompile.mcu.runner import McuRunner
-from nascompile.records import INT8, OperatorGraph, Precision, Target
+from nascompile.records import INT8, OnChip, OperatorGraph, Precision, Target
 
 FLASH_IMAGE = "firmware.bin"
 """What is flashed, and so the size of an engine."""
@@ -58,6 +59,10 @@ class McuC:
 
         return transformer.fitting(make, board)[1].footprint
 
+    def footprints(self, target: Target) -> Footprints:
+        """The same for very many candidates: what they share is remembered."""
+        return Footprints(_board(target))
+
     def build(self, form: Any, target: Target, folder: Path) -> tuple[str, ...]:
         """Write and compile the project; BudgetError if it does not fit, UnsupportedError if its bytes are not the program's."""
         if not isinstance(form, Program):
@@ -68,12 +73,24 @@ class McuC:
         planned = project.place(form.structure, board)
         project.write(folder, form, planned, board, sample, expected)
         toolchain.make(folder, "firmware.elf", "firmware_host", FLASH_IMAGE)
-        for where, run in (("this computer", toolchain.run_host(folder, sample[None])), ("QEMU", _emulated(folder, board, sample))):
+        emulated = _emulated(folder, board, sample)
+        for where, run in (("this computer", toolchain.run_host(folder, sample[None])), ("QEMU", emulated)):
             if run.outputs.tobytes() != expected.tobytes():
                 raise UnsupportedError(f"the project for `{target.device}` gives other bytes on {where} than its program")
+        project.note_run(folder, emulated)
         shutil.rmtree(folder / "build")
         (folder / "firmware_host").unlink()  # of no other computer
         return (FLASH_IMAGE,)
+
+    def on_chip(self, folder: Path) -> OnChip:
+        """Memory and instructions of a built engine, as its project's report has them."""
+        facts = project.facts(folder)
+        ran = facts["reference"]
+        return OnChip(
+            ram_bytes=facts["ram"]["used"], ram_limit=facts["ram"]["of"], flash_bytes=facts["flash"]["used"],
+            flash_limit=facts["flash"]["of"], stack_bytes=ran["stack_bytes"], stack_limit=facts["ram"]["stack"],
+            instructions=sum(ran["instructions"]), peak=facts["peak"],
+        )  # fmt: skip
 
     def load(self, folder: Path, graphs: tuple[str, ...], target: Target) -> Runner:
         """A runner whose `run` is the host build and whose `count` is QEMU."""

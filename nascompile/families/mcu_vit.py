@@ -448,7 +448,7 @@ class McuVit:
         """Those of `vit`, of the sub-network's own tokens; with the image's side, and with a rank where some map is two factors."""
         image, patch = _image_and_patch(config, values)
         hidden = values.get("hidden", config.hidden_size)
-        sequence = 1 if first and segment.kind != "attention" else tokens(image, patch)
+        sequence = 1 if first and segment.kind in ("mlp", "head") else tokens(image, patch)
         common = (("batch", workload.batch), ("sequence", sequence), ("hidden", hidden))
         if segment.kind == "embedding":
             own = (("channels", config.num_channels), ("patch", patch), ("image", image))

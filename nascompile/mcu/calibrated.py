@@ -165,6 +165,10 @@ def forward(network: Network, images: Array, see: Callable[[str, Array], None] =
 # ---------------------------------------------------------------------------------------------- integers
 
 
+_READS = {"out": "mixed", "up": "normalized2", "down": "g"}
+"""Map of a layer ▸ the tensor that it reads; queries, keys and values read the normalized one."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """Real value = scale · (byte − zero point)."""
@@ -184,6 +188,19 @@ class Grid:
     def bytes(self, x: Array) -> npt.NDArray[np.int8]:
         found: npt.NDArray[np.int8] = np.clip(np.rint(x / self.scale) + self.zero, -128, 127).astype(np.int8)
         return found
+
+
+def weight_scales(weight: Array) -> Array:
+    """One an output; an output whose weights are all but zero gets that of a thousandth of the largest, so that its bias fits."""
+    largest = np.abs(weight).max(axis=1)
+    return np.asarray(np.maximum(largest, max(1e-3 * float(largest.max()), 1e-9)) / 127, np.float64)
+
+
+def stored(weight: Array) -> tuple[npt.NDArray[np.int8], Array]:
+    """(outputs × inputs bytes, scale of each output) of a map."""
+    scales = weight_scales(weight)
+    found: npt.NDArray[np.int8] = np.clip(np.rint(weight / scales[:, None]), -127, 127).astype(np.int8)
+    return found, scales
 
 
 @dataclass
@@ -213,7 +230,7 @@ class CalibratedNumbers:
     @property
     def score_scale(self) -> float:
         """Of the class scores."""
-        scales = self._weight_scales(self.network.weight("head"))
+        scales = weight_scales(self.network.weight("head"))
         return float(scales.max()) * self.grid("features").scale / HEADROOM
 
     # ------------------------------------------------------------------------------------------ maps
@@ -248,19 +265,23 @@ class CalibratedNumbers:
         bias = self.network.bias(source, self.network.weight(source).shape[0])[rows]
         if f"{source}.first" not in parameters:
             return self._linear(name, parameters[f"{source}.weight"][rows], bias, x, y, table, onto)
-        low, high = self.ranges[f"{source}.middle"]
-        factor = parameters[f"{source}.first"]
-        finest = x.scale * float(self._weight_scales(factor).max()) / MIDDLE_HEADROOM
-        middle = Grid(max(max(-low, high, 1e-9) / MIDDLE, finest))
+        factor, middle = parameters[f"{source}.first"], self.middle(source)
         first = self._linear(f"{source}.first", factor, np.zeros(len(factor)), x, middle)  # its constants are there once for all heads
         second = self._linear(f"{name}.second", parameters[f"{source}.second"][rows], bias, middle, y, table, onto)
         return p.LowRank(name=name, first=first, second=second)
 
+    def middle(self, source: str) -> Grid:
+        """Between the factors of a map of the network."""
+        at, _, part = source.rpartition(".")
+        x = self.grid(f"{at}.{_READS.get(part, 'normalized')}")
+        low, high = self.ranges[f"{source}.middle"]
+        finest = x.scale * float(weight_scales(self.network.parameters[f"{source}.first"]).max()) / MIDDLE_HEADROOM
+        return Grid(max(max(-low, high, 1e-9) / MIDDLE, finest))
+
     def _linear(
         self, name: str, weight: Array, bias: Array, x: Grid, y: Grid, table: str = "", onto: Grid | None = None
     ) -> p.Linear:  # fmt: skip
-        scales = self._weight_scales(weight)
-        self.constants[f"{name}.weights"] = np.clip(np.rint(weight / scales[:, None]), -127, 127).astype(np.int8)
+        self.constants[f"{name}.weights"], scales = stored(weight)
         self.constants[f"{name}.bias"] = constants.bias_words(bias, x.scale, scales)
         self.constants[f"{name}.multiplier"] = constants.requantizer(x.scale * scales / y.scale)
         onto_multiplier = constants.residual(onto.scale, onto.zero, y.scale, y.zero).multiplier if onto else 0
@@ -270,12 +291,6 @@ class CalibratedNumbers:
             residual_zero=onto.zero if onto else 0,
         )  # fmt: skip
 
-    @staticmethod
-    def _weight_scales(weight: Array) -> Array:
-        """One an output; an output whose weights are all but zero gets that of a thousandth of the largest, so that its bias fits."""
-        largest = np.abs(weight).max(axis=1)
-        return np.asarray(np.maximum(largest, max(1e-3 * float(largest.max()), 1e-9)) / 127, np.float64)
-
     def _embedding(self) -> p.Linear:
         """Pixels are bytes less 128, normalization is in weights and bias."""
         network, pixels = self.network, self.network.pixels()
@@ -284,17 +299,17 @@ class CalibratedNumbers:
         offset = np.tile(np.broadcast_to(pixels.offset, network.shape.image[2]), repeats)
         weight = network.parameters["embedding.weight"] * scale
         bias = network.bias("embedding", network.shape.width) - weight @ offset
-        return self._linear("embedding", weight, bias, Grid(1.0), self.grid("tokens"), onto=self._positions)
+        return self._linear("embedding", weight, bias, Grid(1.0), self.grid("tokens"), onto=self.positions)
 
     @property
-    def _positions(self) -> Grid:
+    def positions(self) -> Grid:
         rows = self.network.parameters["position"][1:]
         return Grid.covering(float(rows.min()), float(rows.max()))
 
     def rows(self, name: str, rows: int, width: int) -> str:
         parameters = self.network.parameters
         if name == "position":
-            self.constants[name] = self._positions.bytes(parameters[name][1:])
+            self.constants[name] = self.positions.bytes(parameters[name][1:])
         else:
             self.constants[name] = self.grid("tokens").bytes(parameters["class_token"].reshape(1, width) + parameters["position"][:1])
         return name

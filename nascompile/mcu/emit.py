@@ -24,7 +24,7 @@ STRUCTS = {
     "nc_mean_t": 24, "nc_patch_embed_t": 64, "nc_conv_t": 80, "nc_depthwise_t": 36, "nc_average_pool_t": 32, "nc_model_t": 36,
 }  # fmt: skip
 """sizeof, on the target; a test compiles it."""
-EXP_TABLE = "nc.exp_table"
+EXP_TABLE, _EXP_TABLE_BYTES = "nc.exp_table", 2048
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Source:
 
 
 @dataclass
-class _Writer:
+class Writer:
     """Collects what the operators write, in order."""
 
     program: p.Structure
@@ -373,17 +373,26 @@ def source(program: p.Program, plan: Plan) -> Source:
     return Source(_model_text(writer), header, text, tuple(writer.counted), writer.functions, model_bytes(writer), sizes)
 
 
-def written(structure: p.Structure, plan: Plan) -> _Writer:
+def written(structure: p.Structure, plan: Plan) -> Writer:
     """Calls and parameters; needs no constants."""
-    writer = _Writer(structure, plan)
+    writer = Writer(structure, plan)
     for index in range(len(structure.operations)):
         writer.operator(index)
     return writer
 
 
-def model_bytes(writer: _Writer) -> int:
+def model_bytes(writer: Writer) -> int:
     """Flash set aside for model.c: parameters, calls, names of what is counted."""
-    return writer.model_bytes + _up(len(_names(writer))) + _up(len(COUNT_REMARK) + 3) + _up(STRUCTS["nc_model_t"])
+    return writer.model_bytes + _fixed_bytes(len(_names(writer)))
+
+
+def shared_bytes(names: int) -> int:
+    """Flash of a transformer's model.c and weights.c that belongs to no operator; `names`: bytes of all counters' names."""
+    return FRAME_BYTES + _fixed_bytes(names + 1) + _up(_EXP_TABLE_BYTES)
+
+
+def _fixed_bytes(names: int) -> int:
+    return _up(names) + _up(len(COUNT_REMARK) + 3) + _up(STRUCTS["nc_model_t"])
 
 
 def weights_bytes(structure: p.Structure, used: Mapping[str, None]) -> int:
@@ -428,7 +437,7 @@ def linears(structure: p.Structure) -> Iterator[tuple[p.Linear, Any]]:
 
 def _constant_sizes(structure: p.Structure) -> dict[str, int]:
     """Bytes of every constant there can be, by what reads it."""
-    found = {EXP_TABLE: 2048}
+    found = {EXP_TABLE: _EXP_TABLE_BYTES}
     for linear, order in linears(structure):
         found[packed_name(linear)] = 4 * packing.linear_words(linear.outputs, linear.inputs, order)
         found |= {linear.table: 256} if linear.table else {}
@@ -447,7 +456,7 @@ def _constant_sizes(structure: p.Structure) -> dict[str, int]:
     return found
 
 
-def _model_text(writer: _Writer) -> str:
+def _model_text(writer: Writer) -> str:
     program, plan = writer.program, writer.plan
     output = program.tensor(program.output)
     word = output.size_bytes // int(np.prod(output.shape))
@@ -473,7 +482,7 @@ def _model_text(writer: _Writer) -> str:
     return "\n\n".join(parts)
 
 
-def _names(writer: _Writer) -> str:
+def _names(writer: Writer) -> str:
     return "".join(f"{c.label}\0" for c in writer.counted) + "\0"
 
 

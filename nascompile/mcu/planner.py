@@ -7,7 +7,7 @@ kernel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from nascompile.errors import BudgetError
@@ -99,7 +99,7 @@ def place(demand: Demand, choice: Sequence[int], *, overlay: bool = True) -> Pla
     for overlaid in [_overlaid(demand, lives)] * overlay + [{}]:
         blocks = _blocks(demand, lives, choice, overlaid)
         for order, key in (("size", lambda b: (-b.size, b.first, b.names)), ("time", lambda b: (b.first, -b.size, b.names))):
-            plans.append(_first_fit(demand, sorted(blocks, key=key), choice, overlaid, order))
+            plans.append(_first_fit(demand, sorted(blocks, key=key), choice, overlaid, order, lives))
     return min(plans, key=lambda p: p.arena_bytes)  # the first of equals: overlays, largest first
 
 
@@ -171,14 +171,16 @@ def _blocks(demand: Demand, lives: Mapping[str, tuple[int, int]], choice: Sequen
     return blocks + [block for block in scratch if block.size]
 
 
-def _first_fit(demand: Demand, blocks: Sequence[_Block], choice: Sequence[int], overlaid: Mapping[str, str], order: str) -> Plan:
+def _first_fit(
+    demand: Demand, blocks: Sequence[_Block], choice: Sequence[int], overlaid: Mapping[str, str], order: str, names: Iterable[str]
+) -> Plan:
     placed: list[tuple[int, _Block]] = []
     for block in blocks:
-        offset = 0
-        for start, other in sorted((pair for pair in placed if _meet(pair[1], block)), key=lambda pair: pair[0]):
+        offset, first, last = 0, block.first, block.last
+        for start, size in sorted([(at, other.size) for at, other in placed if other.first <= last and first <= other.last]):
             if start - offset >= block.size:
                 break
-            offset = max(offset, start + other.size)
+            offset = max(offset, start + size)
         placed.append((offset, block))
     at = {name: offset for offset, block in placed for name in block.names}
     live = [0] * len(demand.steps)
@@ -188,7 +190,7 @@ def _first_fit(demand: Demand, blocks: Sequence[_Block], choice: Sequence[int], 
     pairs = [step.tiles[choice[i]] for i, step in enumerate(demand.steps)]
     return Plan(
         arena_bytes=max((offset + block.size for offset, block in placed), default=0),
-        offsets={name: at[name] for name in lifetimes(demand)},
+        offsets={name: at[name] for name in names},
         scratch=tuple((at.get(f"scratch of {i}", 0), size) for i, (_, size) in enumerate(pairs)),
         tiles=tuple(tile for tile, _ in pairs),
         live=tuple(live),
@@ -224,10 +226,6 @@ def _too_large(demand: Demand, limit: int, overlay: bool) -> str:
         f"the arena does not fit: {least.arena_bytes:,} bytes of {limit:,}, {least.arena_bytes - limit:,} too many; "
         f"the peak is at {at} where {least.live[least.peak]:,} bytes are in use"
     )
-
-
-def _meet(a: _Block, b: _Block) -> bool:
-    return a.first <= b.last and b.first <= a.last
 
 
 def _up(size: int) -> int:

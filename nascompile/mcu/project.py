@@ -109,6 +109,13 @@ def facts(folder: Path) -> dict[str, Any]:
         raise RecordError(f"not a project for a microcontroller: {folder}", detail=str(error), hint="build the engine again") from error
 
 
+def note_run(folder: Path, run: toolchain.Run) -> None:
+    """Adds what the reference sample took in QEMU to `report.json`: instructions per counter, and the deepest stack."""
+    taken = {"instructions": [int(count) for count in run.counts[0]], "stack_bytes": run.stack_bytes}
+    body = facts(folder) | {"reference": taken}
+    (folder / REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(body), indent=1) + b"\n")
+
+
 def up(size: int) -> int:
     return -(-size // planner.ALIGN) * planner.ALIGN
 

@@ -31,6 +31,8 @@ class Problem:
     price: Callable[[Candidate], Price]
     bounded: bool = False
     """Whether costs have budgets: without, no price is over."""
+    values: Callable[[Candidate], tuple[float | None, ...]] | None = None
+    """A price's objectives alone, nearly, where it takes long to tell if it is over; None where it does not."""
 
 
 class Run(Protocol):

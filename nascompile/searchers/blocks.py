@@ -43,11 +43,17 @@ class Blocks:
         self.problem, self.encoding = problem, encoding
         self.roots = sorted({root for needed in encoding.requires for root, _ in needed})
         self._prices: dict[bytes, tuple[float, ...]] = {}
+        self._values: dict[bytes, tuple[float, ...]] = {}
         self._tables: dict[bytes, tuple[Array, list[Array]]] = {}
 
     def price(self, row: Array) -> Array:
         """Known costs (m,) of a candidate."""
-        return np.array(self._price(row)[1:])
+        if self.problem.values is None:
+            return np.array(self._price(row)[1:])
+        key = row.astype(np.int16).tobytes()
+        if key not in self._values:
+            self._values[key] = tuple(value for value in self.problem.values(self.encoding.decode(row)) if value is not None)
+        return np.array(self._values[key])
 
     def over(self, rows: Array) -> Array:
         """(n,) sums of relative excesses over the budgets of costs."""

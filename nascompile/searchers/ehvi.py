@@ -8,6 +8,7 @@ al. 2010).
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ PROMISING = 512
 """Of those, so many of the highest worth can be part of a batch: what is believed makes no other candidate worth more."""
 NODES = 512
 """Points that stand for the space of three and more objectives."""
+FEW = 64
+"""As many where prices are slow."""
 TRIES = 200
 MARGIN = 0.1
 """How far the reference lies beyond the worst score, in units of a logarithm."""
@@ -107,11 +110,15 @@ class EhviRun:
         model = _Model(self)
         rows = self.small if self.small is not None else self._bred(model)
         rows = rows[[row.tobytes() not in self.asked for row in rows]]
-        rows = rows[self.blocks.over(rows) == 0]
+        if self.problem.values is None:
+            rows = rows[self.blocks.over(rows) == 0]
         if not len(rows):
             return []
         mean, deviation, known = *model.process.predict(rows), self.blocks.prices(rows)
-        few = np.argsort(-model.worth(mean, deviation, known), kind="stable")[:PROMISING]
+        order = np.argsort(-model.worth(mean, deviation, known), kind="stable")
+        few = order[:PROMISING] if self.problem.values is None else self._first_affordable(rows, order)
+        if not len(few):
+            return []
         rows, mean, deviation, known = rows[few], mean[few], deviation[few], known[few]
         chosen: list[int] = []
         for _ in range(min(BATCH, len(rows))):
@@ -120,6 +127,11 @@ class EhviRun:
             chosen.append(int(worth.argmax()))
             model.believe(mean[chosen[-1]], known[chosen[-1]])
         return [rows[best] for best in chosen]
+
+    def _first_affordable(self, rows: Array, order: Array) -> Array:
+        """The first of an order that are within the budgets, and no more of them asked for their price than that takes."""
+        fine = (index for index in order if self.blocks.over(rows[index][None])[0] == 0)
+        return np.array(list(itertools.islice(fine, FEW)), dtype=np.int64)
 
     def _affordable(self) -> Array:
         """Candidates nearest to the budgets, those within them first, where none that was asked for is: bred on prices alone."""

@@ -24,9 +24,10 @@ ROWS: dict[str, tuple[str, ...]] = {
     "plug-ins": plugins.FOLDERS,
     "shared": (
         "settings", "targets", "network", "models", "supernet", "quantization_aware", "augmentation", "checkpoint", "lowering",
-        "pass_check", "scoring", "accuracy", "engine", "variants", "several", "programs", "fronts", "stopping", "worker", "workers",
+        "pass_check", "scoring", "accuracy", "engine", "variants", "several", "programs", "program_accuracy",
+        "program_costs", "program_runs", "fronts", "stopping", "worker", "workers",
     ),
-    "stages": ("profiler", "finetune", "search", "build", "measure", "rerank", "report", "explain"),
+    "stages": ("profiler", "program_profiler", "finetune", "search", "build", "measure", "rerank", "report", "explain"),
     "kits": ("kit", "kit_import", "kit_limits", "remote", "remote_device"),
     "pipeline": ("pipeline", "beside"),
     "surface": ("api", "terminal", "cli", "__main__"),
