@@ -3,8 +3,9 @@
     python tools/benchmarks/mcu_train.py --out OUT --minutes 8 --tasks fashion:32 fashion:64 tiles:32 --data fashion=FOLDER tiles=FOLDER
 
 A task is a data set of tools/make_image_data.py (a folder with train.parquet, validation.parquet and test.parquet) and the largest side of
-the images that the network sees; test.parquet may stay at home, a few training images are sealed in its place then. All tasks train at the same time, each in a process of its own, with the package's own stage of
-fine-tuning: as many epochs as fit the minutes by a first few steps. The seeds are those of `--seed`; test is sealed and not read.
+the images that the network sees; test.parquet may stay at home, a few training images are sealed in its place then. All tasks train at the
+same time, each in a process of its own, with the package's own stage of fine-tuning: as many epochs as fit the minutes by a first few
+steps. The seeds are those of `--seed`; test is sealed and not read.
 
 OUT has then, for each task, TASK.teacher.tar and TASK.supernet.tar (safetensors and records), and results.json with the validation
 accuracies in float of the largest, the smallest and some random networks. What goes on from there:
