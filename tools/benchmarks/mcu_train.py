@@ -42,7 +42,9 @@ WARM, TIMED = 4, 8
 """Steps before the timed ones, and those."""
 SLOWER, AWARE_FACTOR = 1.25, 2.5
 """Steps are slower when the other tasks train too and where they are quantization-aware."""
-MOST_EPOCHS = 150
+EPOCH_SECONDS = {False: 0.3, True: 0.8}
+"""Of an epoch besides its steps, above all validation; of a teacher, and of a super-network, which validates four networks."""
+MOST_EPOCHS = 300
 FEWEST_SEALED = 20
 """Training images set apart where there is no test."""
 RANDOM = 6
@@ -181,10 +183,11 @@ class Training:
             teacher, supernet = self.asked.epochs
         else:
             steps = max(1, len(plan.train) // plan.settings.batch_size)
-            seconds = {name: steps * SLOWER * self._pace(plan, name) for name in ("plain", self.asked.recipe)}
-            teacher = _epochs(TEACHER_SHARE * left / seconds["plain"])
-            per_epoch = seconds[self.asked.recipe] * (1 + self.asked.aware * (AWARE_FACTOR - 1))
-            supernet = _epochs((1 - TEACHER_SHARE) * (self.asked.until - time.time()) / per_epoch)
+            plain, elastic = (steps * SLOWER * self._pace(plan, name) for name in ("plain", self.asked.recipe))
+            left = self.asked.until - time.time()
+            teacher = _epochs(TEACHER_SHARE * left / (plain + EPOCH_SECONDS[False]))
+            elastic *= 1 + self.asked.aware * (AWARE_FACTOR - 1)
+            supernet = _epochs((1 - TEACHER_SHARE) * left / (elastic + EPOCH_SECONDS[True]))
         aware = round(self.asked.aware * supernet)
         settings = msgspec.structs.replace(plan.settings, teacher_epochs=teacher, epochs=supernet, quantization_aware_epochs=aware)
         now = time.monotonic()
