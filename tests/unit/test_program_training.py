@@ -200,3 +200,39 @@ def test_programs_lose_less_after_it(tmp_path):
         finetune.train(job, Silent())
         found[aware] = float(np.mean([program_loss(job, target, point) for point in points]))
     assert found[6] < 0.8 * found[0]
+
+
+def test_factors_are_settled_between_teacher_and_super_network(tmp_path):
+    """The teacher's function, and prefixes of each map's factors that no other factors of that rank are nearer with."""
+    torch.manual_seed(0)
+    config = McuVitConfig(
+        image_size=SIDE, patch_sizes=(4,), num_channels=1, hidden_size=16, hidden_sizes=(16,), num_hidden_layers=2, depths=(1, 2),
+        num_attention_heads=2, head_dim=8, intermediate_size=32, widths=(32,), ranks=(4, 16), num_labels=2,
+    )  # fmt: skip
+    finetune.store_model(Supernet(FAMILY, FAMILY.create(config)), tmp_path / "model", {})
+    target = Target(device="d", backend="made-up", workload=FAMILY.workload(config, 1, 0))
+    plan = finetune.Plan(
+        family=FAMILY, model=tmp_path / "model", head={"num_labels": KINDS},
+        space_of=lambda config, order: network.search_space(FAMILY, config, Backend(), target, "m", order, ("int8",)),
+        train=pictures(96, 1), validation=pictures(64, 2), task=TASK, metric="accuracy",
+        settings=FinetuneSettings(recipe="bignas", teacher_epochs=3, epochs=0, batch_size=16, learning_rate=2e-2), seed=1, out=tmp_path,
+    )  # fmt: skip
+    space = finetune.finetune(plan, Silent())
+    teacher, net = (Supernet(FAMILY, FAMILY.load(str(tmp_path / name))) for name in ("teacher", "supernet"))
+    inputs = {"pixel_values": torch.from_numpy(plan.validation.arrays()["pixel_values"])}
+    with torch.no_grad():
+        np.testing.assert_allclose(net(inputs, net.largest()), teacher(inputs, teacher.largest()), atol=1e-4)
+    assert set(space.layer_order) == {0, 1}
+
+    def excess(model) -> float:
+        """Squared error of prefixes of rank 4 over that of the best, less one; over all maps."""
+        found, least = 0.0, 0.0
+        for segment in FAMILY.segments(config):
+            for name in segment.quantizable[::2]:
+                first, second = (model.get_parameter(name.replace(".first.", f".{factor}.")).detach() for factor in ("first", "second"))
+                found += float((second[:, 4:] @ first[4:]).square().sum())
+                least += float(torch.linalg.svdvals(second @ first)[4:].square().sum())
+        return found / least - 1
+
+    assert excess(net.model) < 1e-3
+    assert excess(teacher.model) > 0.02, "training has moved them"
