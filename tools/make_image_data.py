@@ -103,7 +103,7 @@ def _pictures(source: Path) -> Iterator[tuple[str, Image.Image]]:
     with tarfile.open(source) as tar:
         for member in tar:
             _, found, path = member.name.partition("/rltiles/")
-            if found and path.endswith(".png") and (stream := tar.extractfile(member)):
+            if found and re.search(r"(^|/)[^./][^/]*\.png$", path) and (stream := tar.extractfile(member)):
                 picture = Image.open(io.BytesIO(stream.read())).convert("RGBA")
                 if max(picture.size) > 2 * SIDE:
                     continue  # a part of the screen, no tile
