@@ -29,6 +29,7 @@ from nascompile.mcu import (
     transformer,
 )
 from nascompile.mcu.program import Program, demand
+from nascompile.mcu.runner import McuRunner
 from nascompile.programs import lower as lowered
 from nascompile.records import Workload
 
@@ -316,6 +317,20 @@ def test_the_host_build_is_clean_under_sanitizers(tmp_path, written):
     toolchain.make(tmp_path, "firmware_host", "SANITIZE=-fsanitize=address,undefined -fno-sanitize-recover=all -g")
     found = toolchain.run_host(tmp_path, images(ODD, 2))
     assert found.outputs.tobytes() == b"".join(interpreter.run(program, image).tobytes() for image in images(ODD, 2))
+
+
+def test_samples_larger_than_the_image_are_averaged(tmp_path, written):
+    board, program = board_of("stm32f746"), transformer.build("odd", ODD, transformer.RandomNumbers(1), "blocks")
+    pixels = programs.Pixels(scale=(50.0, 51.0, 52.0), offset=(1.0, 2.0, 3.0), pool=2)
+    program = replace(program, structure=msgspec.structs.replace(program.structure, pixels=pixels))
+    written(program, board)
+    runner = McuRunner(tmp_path, board)
+    x = np.random.default_rng(3).normal(0, 2, (2, 3, 48, 48)).astype(np.float32)
+    small = x.reshape(2, 3, 24, 2, 24, 2).mean((3, 5)).transpose(0, 2, 3, 1)
+    quantized = np.clip(np.rint(small * [50, 51, 52] + [1, 2, 3]), -128, 127).astype(np.int8)
+    np.testing.assert_array_equal(runner.run({"pixel_values": x})["logits"], [interpreter.run(program, image) for image in quantized])
+    with pytest.raises(DataError, match=r"the network takes float32 of shape \(n, 3, 48, 48\)"):
+        runner.run({"pixel_values": x[:, :, :24, :24].copy()})
 
 
 # ---------------------------------------------------------------------------------------------- as plug-ins

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, DistilBertConfig, RobertaConfig, ViTConfig
 
 from nascompile import network, plugins, space as spaces
+from nascompile.families.mcu_vit import McuVitConfig
 from nascompile.families.toy import ToyConfig
 from nascompile.quantization import ActivationRanges
 from nascompile.records import Target
@@ -35,6 +36,10 @@ CASES = {
     "bert": ("bert", lambda: BertConfig(**SIZES, **TEXT)),
     "roberta": ("bert", lambda: RobertaConfig(**SIZES, **TEXT)),
     "distilbert": ("bert", lambda: DistilBertConfig(dim=16, n_layers=3, n_heads=4, hidden_dim=32, **TEXT)),
+    "mcu_vit": ("mcu_vit", lambda: McuVitConfig(
+        image_size=8, num_channels=1, image_sizes=(4, 8), patch_sizes=(2, 4), hidden_size=32, hidden_sizes=(16, 32), num_hidden_layers=3,
+        num_attention_heads=4, head_dim=4, intermediate_size=32, widths=(16, 32), ranks=(8, 32), num_labels=3,
+    )),
     "toy": ("toy", lambda: ToyConfig(features=6, hidden=8, width=16, rank=4, layers=3, num_labels=3)),
 }
 ATOL = 1e-5

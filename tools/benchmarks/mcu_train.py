@@ -72,7 +72,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recipe", default="bignas")
     parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate of the teacher; half of it for the super-network")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate of the teacher; half of it for the super-network")
     parser.add_argument("--aware", type=float, default=0.1, help="share of the super-network's epochs that are quantization-aware")
     parser.add_argument("--epochs", type=int, nargs=2, metavar=("TEACHER", "SUPERNET"), help="instead of what fits the minutes")
     parser.add_argument("--sizes", type=json.loads, default={}, help="JSON: entries of the network's configuration")
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked.out.mkdir(parents=True, exist_ok=True)
     work = asked.work or asked.out.with_name(f"{asked.out.name}-work")
     if asked.one:
-        os.environ["OMP_NUM_THREADS"] = "4"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # several of these run at a time, and a GPU does the work
         if asked.device == "cpu":
             os.environ["ACCELERATE_USE_CPU"] = "true"
         Training(Task.parse(asked.one), Path(folders[Task.parse(asked.one).data]), work, asked).run()
