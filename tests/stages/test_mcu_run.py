@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 from typer.testing import CliRunner
 
-from nascompile import beside, cli, engine, journal, pipeline, table_view
+from nascompile import beside, cli, engine, journal, pipeline, table_view, worker
 from nascompile.data import DataSettings
 from nascompile.errors import BudgetError, UnsupportedError
 from nascompile.mcu import project
@@ -228,3 +228,11 @@ def test_a_plan_says_what_is_done(run):
     what = {row["stage"]: row["what"] for row in pipeline.plan(recipe(), Path("nowhere"))}
     assert "count every operator" in what["profile"]
     assert "C projects" in what["build"]
+
+
+def test_workers_score_programs_as_this_process_does(run):
+    context = pipeline.Context(recipe(), run.resolve(), pipeline.Silent(), pipeline.Given())
+    bench, point = context._bench("minmax"), load(run / "front.json", Front).evaluations[0].candidate
+    assert bench.program == context.target
+    answer = worker.load(bench)(worker.Job(candidate=point))
+    assert answer.score == context.evaluator(run / "supernet", "minmax").score(point)
