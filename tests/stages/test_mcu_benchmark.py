@@ -243,3 +243,5 @@ def test_what_is_missing_is_said(bench, mcu_tools, tmp_path, capsys, monkeypatch
     bench.main.main(["--cells", "tvm", "--json", *cache])
     [reason] = json.loads(capsys.readouterr().out)["cells"]["tvm"]["missing"]
     assert reason == "apache-tvm==0.27.0.post1 does not install: no index can be reached"
+    with pytest.raises(SystemExit, match="no such program: /nowhere/python"):
+        bench.main.main(["--cells", "tvm", "--tvm", "/nowhere/python", *cache])

@@ -48,9 +48,12 @@ def trained(module: nn.Sequential, images: torch.Tensor) -> nn.Sequential:
 
 
 def pixels(n: int, image: tuple[int, int, int], mean=MEAN, deviation=DEVIATION) -> np.ndarray:
-    """(n, channels, height, width) normalized bytes of a camera, bright and dark ones at the border too."""
+    """(n, channels, height, width) normalized bytes of a camera: bright and dark images, slopes, noise, each channel by itself."""
     height, width, channels = image
-    bytes_ = np.random.default_rng(1).integers(0, 256, (n, channels, height, width)) / 255
+    rng = np.random.default_rng(1)
+    level, down, across = rng.uniform(-0.4, 0.4, (3, n, channels, 1, 1))
+    slopes = 0.5 + level + down * np.linspace(-1, 1, height)[:, None] + across * np.linspace(-1, 1, width)
+    bytes_ = np.rint(255 * np.clip(slopes + rng.normal(0, 0.1, (n, channels, height, width)), 0, 1)) / 255
     return (bytes_ - np.reshape(mean, (-1, 1, 1))) / np.reshape(deviation, (-1, 1, 1))
 
 
@@ -76,8 +79,9 @@ def test_the_plain_network_is_the_module(image):
 
 
 def decibels(program, images, want) -> float:
+    """Of what differs from image to image, against what integers add to it."""
     found = np.stack([interpreter.run(program, image) for image in program.structure.pixels.quantize(images)])
-    return 10 * np.log10((want**2).sum() / ((found * program.structure.logits.scale - want) ** 2).sum())
+    return 10 * np.log10(((want - want.mean(0)) ** 2).sum() / ((found * program.structure.logits.scale - want) ** 2).sum())
 
 
 @pytest.mark.parametrize("image", [(17, 15, 1), (16, 16, 3), (14, 19, 2), (12, 13, 1)])
@@ -97,7 +101,7 @@ def test_a_program_keeps_every_tensor_near():
     for name, value in want.items():
         tensor = program.structure.tensor("pool" if name == "features" else name)
         off = (found[tensor.name].reshape(value.shape).astype(float) - tensor.zero_point) * tensor.scale - value
-        assert np.abs(off).max() < 5 * tensor.scale, name
+        assert np.abs(off).max() < 8 * tensor.scale, name  # rounding of what comes before, amplified by normalization
         if name.startswith("stages") and net.shape.stages[int(name[-1])].relu:
             assert tensor.zero_point == found[tensor.name].min() == -128, "ReLU is where bytes saturate"
 

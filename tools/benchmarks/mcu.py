@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -88,9 +89,14 @@ class Bench:
         return self._networks(name.removeprefix("fashion-"))
 
     def _tvm(self) -> dict[str, Any]:
+        if self.tvm and shutil.which(self.tvm) is None:
+            raise SystemExit(f"error: no such program: {self.tvm}\n\nhint: --tvm names a Python that has apache-tvm")
+
+        def make() -> list[dict[str, Any]]:
+            return peer.measure(self.tvm or peer.python_of(self.cache.resolve() / "tvm"))
+
         try:
-            python = self.tvm or peer.python_of(self.cache.resolve() / "tvm")
-            rows = self.kept("tvm", (peer.PACKAGE, self.tvm), lambda: peer.measure(python))
+            rows = self.kept("tvm", (peer.PACKAGE, self.tvm), make)
         except peer.Absent as error:
             return {"rows": [], "figures": {}, "missing": [str(error)]}
         return {"rows": rows, "figures": peer.figures(rows)}
