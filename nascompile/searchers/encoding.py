@@ -24,6 +24,13 @@ class Encoding:
             [(position[name], sum(int(value) < least for value in self.genes[position[name]].choices)) for name, least in gene.requires]
             for gene in self.genes
         ]
+        self._id = space.id  # which is a digest of the whole space
+        self._architecture = [(n, gene.name, gene.choices) for n, gene in enumerate(self.genes) if gene.kind == "architecture"]
+        of_target = [int(slot.partition("@")[2] or 0) for slot in self.slots]
+        self._precision = [
+            [(n, gene.name, gene.choices) for n, gene in enumerate(self.genes) if gene.kind == "precision" and of_target[n] == target]
+            for target in range(len(space.targets))
+        ]
 
     def active(self, indices: Array) -> Array:
         """(n, positions) bool: which positions have any effect."""
@@ -59,5 +66,13 @@ class Encoding:
         return self.canonical(np.array(rows, dtype=np.int64).reshape(len(rows), len(self.sizes)))
 
     def decode(self, row: Array) -> Candidate:
-        """The candidate of a row."""
-        return spaces.decode(self.space, tuple(int(index) for index in row))
+        """The candidate of a row, as `space.decode` has it, much sooner: searchers that breed decode ten thousands."""
+        values = row.tolist()
+        active = [all(values[root] >= least for root, least in needed) for needed in self.requires]
+        return Candidate(
+            space=self._id, architecture=tuple((name, int(choices[values[n]])) for n, name, choices in self._architecture if active[n]),
+            precision=tuple(
+                (target, tuple((name, str(choices[values[n]])) for n, name, choices in own if active[n]))
+                for target, own in zip(self.space.targets, self._precision, strict=True)
+            ),
+        )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -180,3 +181,17 @@ def test_after_its_first_it_asks_for_no_larger_batches_than_it_says(name):
     batch = plugins.get("searchers", name).batch
     sizes = [len(points) for points in drive(name, make_space(), population=12)[1:]]
     assert max(sizes) == (batch or 12)
+
+
+def test_a_row_is_the_candidate_that_the_space_has_at_its_indices():
+    """Also where precisions are a target's own."""
+    one = make_space()
+    two = msgspec.structs.replace(one, targets=("cpu", "far"), legal=(("fp32", "int8"), ("int8",)))
+    for space in (one, two):
+        encoding = Encoding(space)
+        rows = encoding.sample(np.random.default_rng(0), 200)
+        assert len({row.tobytes() for row in rows}) > 40
+        points = [encoding.decode(row) for row in rows]
+        assert points == [spaces.decode(space, tuple(int(index) for index in row)) for row in rows]
+        assert (encoding.encode(points) == rows).all()
+        assert [spaces.encode(space, point) for point in points] == [tuple(row) for row in rows]
