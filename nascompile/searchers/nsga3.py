@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from pymoo.algorithms.moo.nsga3 import NSGA3
+from pymoo.operators.selection.tournament import TournamentSelection
 from pymoo.util.ref_dirs import get_reference_directions
 
 from nascompile.records import Candidate
@@ -17,7 +18,18 @@ from nascompile.searchers.nsga2 import Nsga2Run
 class Nsga3Run(Nsga2Run):
     def breeding(self, objectives: int, **settings: Any) -> Any:
         """pymoo's algorithm with about as many directions as there are survivors."""
-        return NSGA3(ref_dirs=directions(objectives, settings["pop_size"]), **settings)
+        selection = TournamentSelection(func_comp=_winners)
+        return NSGA3(ref_dirs=directions(objectives, settings["pop_size"]), selection=selection, **settings)
+
+
+def _winners(pop: Any, P: Any, random_state: Any, **kwargs: Any) -> np.ndarray[Any, Any]:
+    """(pairs, 1) of each pair (pairs, 2) of members the one with less violation, else one at random.
+
+    As pymoo has it, whose own draws between equal violations from a generator without a seed.
+    """
+    violations = pop.get("CV")[:, 0]
+    found = [random_state.choice([a, b]) if violations[a] == violations[b] else min(a, b, key=violations.__getitem__) for a, b in P]
+    return np.array(found, dtype=int)[:, None]
 
 
 def directions(objectives: int, most: int) -> np.ndarray[Any, Any]:

@@ -124,6 +124,13 @@ def test_the_same_seed_asks_for_the_same_candidates_and_another_for_others(name)
 
 
 @pytest.mark.parametrize("name", SEARCHERS)
+def test_the_same_seed_asks_for_the_same_where_budgets_are_missed_alike(name):
+    space = make_space()
+    runs = [drive(name, space, seed=3, rounds=6, over=lambda p: 0.5 * (p.value("depth") > 1), lost=lambda p: 1.0) for _ in range(3)]
+    assert runs[0] == runs[1] == runs[2]
+
+
+@pytest.mark.parametrize("name", SEARCHERS)
 def test_it_begins_with_some_of_what_it_was_given(name):
     space = make_space()
     first = (spaces.uniform(space), spaces.largest(space), spaces.uniform(space), spaces.smallest(space))
