@@ -28,7 +28,8 @@ from nascompile.records import INT8, Candidate, Score, SearchSpace, Target, dige
 from nascompile.scoring import score_of
 from nascompile.supernet import Batch, Observer, Supernet, load_batches
 
-BATCH = 64
+BATCH = 16
+"""Images at a time: tensors that stay in the cache while they are rounded."""
 FLOAT = (".s", ".o", ".m")
 """Tensors that fused programs have in more than eight bits: scores of attention, and products before their residual is added."""
 MIDDLE = (-4096, 4095)
@@ -156,7 +157,7 @@ class _TensorObserver(Observer):
         low, high = (float(v) for v in torch.aminmax(x))
         self.low[name], self.high[name] = min(low, self.low.get(name, 0.0)), max(high, self.high.get(name, 0.0))
         flat = x.flatten()
-        self.samples.setdefault(name, []).append(flat[:: max(1, flat.numel() // 4096)].clone())
+        self.samples.setdefault(name, []).append(flat[:: max(1, flat.numel() // 1024)].clone())
         return x
 
 
@@ -202,8 +203,13 @@ class _Integers:
             self._grids[name] = self.numbers.middle(name.removesuffix(".middle")) if name.endswith(".middle") else self.numbers.grid(name)
         grid = self._grids[name]
         if name.endswith(".middle"):
-            return (x / grid.scale).round().clamp(*MIDDLE) * grid.scale
-        return torch.fake_quantize_per_tensor_affine(x, grid.scale, grid.zero, -128, 127)
+            return _rounded(x, grid.scale, *MIDDLE)
+        return _rounded(x, grid.scale, -128 - grid.zero, 127 - grid.zero)
+
+
+def _rounded(x: torch.Tensor, scale: float, low: int, high: int) -> torch.Tensor:
+    """On the grid; several times as fast as torch's own fake quantization, which makes a mask for gradients."""
+    return (x * (1 / scale)).round_().clamp_(low, high).mul_(scale)
 
 
 def _read_back(weight: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +24,8 @@ from nascompile.mcu.board import Board, Core, Region, linker_script
 HERE = Path(__file__).parent
 COMPILER, EMULATOR, HOST_COMPILER = "arm-none-eabi-gcc", "qemu-system-arm", "cc"
 INSTALL = "apt-get install -y --no-install-recommends gcc-arm-none-eabi qemu-system-arm gcc libc6-dev make"
+EACH = 4
+"""Samples at least that are worth a process of this computer's."""
 MAGIC = 0x314D434E
 UNITS: tuple[Literal["", "instructions", "cycles"], ...] = ("", "instructions", "cycles")
 EXITS = {
@@ -93,7 +97,16 @@ def run_emulated(folder: Path, core: Core, samples: npt.NDArray[np.int8], timeou
 
 
 def run_host(folder: Path, samples: npt.NDArray[np.int8], timeout: float = 600.0) -> Run:
-    """The same through `firmware_host`."""
+    """The same through `firmware_host`, on all processor cores where there are samples for them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = max(1, min(cores, len(samples) // EACH))
+    with ThreadPoolExecutor(count) as pool:
+        found = list(pool.map(lambda part: _on_host(folder, part, timeout), np.array_split(samples, count)))
+    outputs, counts = (np.concatenate([getattr(run, name) for run in found]) for name in ("outputs", "counts"))
+    return replace(found[0], outputs=outputs, counts=counts)
+
+
+def _on_host(folder: Path, samples: npt.NDArray[np.int8], timeout: float) -> Run:
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "in").write_bytes(np.ascontiguousarray(samples, dtype=np.int8).tobytes())
         return _finished([str((folder / "firmware_host").resolve()), "in", "out"], scratch, len(samples), timeout)

@@ -365,6 +365,17 @@ def test_an_engine_is_its_flash_image_and_runs(engine):
             runner.run(wrong)
 
 
+def test_many_samples_keep_their_order_on_all_cores(engine, monkeypatch):
+    folder, graphs, target, _ = engine
+    runner = plugins.get("backends", "mcu_c").load(folder, graphs, target)
+    x = np.random.default_rng(3).normal(0, 1, (17, 3, 24, 24)).astype(np.float32)
+    one_by_one = np.concatenate([runner.run({"pixel_values": image[None]})["logits"] for image in x])
+    assert len(np.unique(one_by_one, axis=0)) == 17
+    for cores in (1, 3, 64):
+        monkeypatch.setattr(toolchain.os, "sched_getaffinity", lambda _, cores=cores: range(cores))
+        np.testing.assert_array_equal(runner.run({"pixel_values": x})["logits"], one_by_one)
+
+
 def test_its_folder_is_verified_file_by_file(engine, tmp_path):
     _, _, target, program = engine
     x = np.random.default_rng(3).normal(0, 1, (2, 3, 24, 24)).astype(np.float32)

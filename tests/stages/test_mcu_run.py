@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 from typer.testing import CliRunner
 
-from nascompile import beside, cli, engine, journal, pipeline, table_view
+from nascompile import beside, cli, engine, journal, pipeline, table_view, worker
 from nascompile.data import DataSettings
 from nascompile.errors import BudgetError, UnsupportedError
 from nascompile.mcu import project
@@ -228,3 +228,22 @@ def test_a_plan_says_what_is_done(run):
     what = {row["stage"]: row["what"] for row in pipeline.plan(recipe(), Path("nowhere"))}
     assert "count every operator" in what["profile"]
     assert "C projects" in what["build"]
+
+
+def test_workers_score_programs_as_this_process_does(run):
+    context = pipeline.Context(recipe(), run.resolve(), pipeline.Silent(), pipeline.Given())
+    bench, point = context._bench("minmax"), load(run / "front.json", Front).evaluations[0].candidate
+    assert bench.program == context.target
+    answer = worker.load(bench)(worker.Job(candidate=point))
+    assert answer.score == context.evaluator(run / "supernet", "minmax").score(point)
+
+
+@pytest.mark.parametrize(("device", "name"), [("stm32f427", "front-1-stm32f427"), ("cpu", "front-1-cpu")])
+def test_a_candidate_for_another_device(run, device, name):
+    """Another microcontroller, whose integers are the same; and a runtime, which has floats where nothing was searched."""
+    folder = beside.build_candidate(run, 1, device=device)
+    assert folder.name == name
+    manifest = load(folder / "manifest.json", EngineManifest)
+    assert (manifest.target.device, manifest.chip is None) == (device, device == "cpu")
+    assert dict(manifest.precision_counts) == ({"fp32": 2, "int8": 2} if device == "cpu" else {"int8": 4})
+    assert engine.verify(folder)

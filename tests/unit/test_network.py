@@ -368,3 +368,32 @@ def test_bytes_of_groups(bits, size, columns, groups):
     segment = Segment("s", "mlp", "m", 0, None, ("w", "b"), ("w",), "int8")
     said = network.block_bytes(segment, {"w": (10, columns), "b": (10,)}, weight_only(bits, size))
     assert said == 10 * groups * (size * bits // 8 + 4) + 40
+
+
+def test_a_backend_without_floats_has_a_space_of_integers():
+    """Every block has them, those without a gene too, and a table of it has no other rows."""
+    family, config, target, space = make("vit", backend=Backend(refused=("fp32", "weight-int8")))
+    assert space.precisions == (INT8,)
+    assert {gene.choices for gene in space.genes if gene.kind == "precision"} == {("int8",)}
+    whole = spaces.largest(space)
+    assert whole == spaces.uniform(space)
+    assert {node.operator.precision for node in network.graph(family, config, space, whole, target).nodes} == {INT8}
+    assert {operator.precision for operator in network.operators(family, config, space, target)} == {INT8}
+    assert spaces.of_targets(space, (0,)) == space
+    with pytest.raises(UnsupportedError, match="none of the precisions to search can be run: weight-int8") as caught:
+        network.search_space(family, config, Backend(refused=("fp32", "weight-int8")), target, "model", precisions=("weight-int8",))
+    assert caught.value.detail == "made-up: not here"
+
+
+def test_candidates_move_between_floats_and_integers():
+    """What no search quantizes is in integers where there is nothing else, and float again where there is."""
+    family, config, target, space = make("vit")
+    point, integers = spaces.uniform(space), Backend(refused=("fp32", "weight-int8"))
+    other = Target(device="e", backend="made-up", workload=target.workload)
+    there, moved = network.retarget(family, config, space, point, integers, other)
+    assert {n.operator.precision.name for n in network.graph(family, config, there, moved, other).nodes} == {"int8"}
+    back, again = network.retarget(family, config, there, moved, Backend(), target)
+    before = network.graph(family, config, space, point, target)
+    assert [n.operator for n in network.graph(family, config, back, again, target).nodes] == [n.operator for n in before.nodes]
+    with pytest.raises(UnsupportedError, match=r"cannot run layers\.0\.attention in fp32"):
+        network.retarget(family, config, space, spaces.largest(space, "fp32"), integers, other)

@@ -12,6 +12,7 @@ from transformers import ViTConfig
 from nascompile import latency_table, network, plugins, program_costs, program_profiler, space as spaces, table_check, targets
 from nascompile.errors import BudgetError, TableError, UnsupportedError
 from nascompile.mcu import board as boards, micro
+from nascompile.mcu.transformer import RandomNumbers, Shape, build
 from nascompile.program_costs import REPEATED, Chip
 from nascompile.progress import Silent
 
@@ -69,6 +70,17 @@ def test_a_row_is_a_count_of_its_own(made, tmp_path):
         for operator, instructions in project.count(workshop).items():
             assert abs(instructions - boards.instructions_of(rows[operator], 216.0)) <= 4
             assert instructions > 100
+
+
+def test_the_plan_that_normalizes_for_every_head_has_rows_of_its_own(made, tmp_path):
+    b, table = made
+    point = spaces.largest(b.space)
+    graph = network.graph(b.family, b.config, b.space, point, b.target)
+    plain, repeated = (latency_table.predict(table, program_costs.in_plan(graph, plan)).value for plan in ("blocks", "all"))
+    assert repeated > 1.02 * plain, "or there would be no need"
+    shape = Shape.of_graph(graph, b.target.workload.resolution)
+    counted = micro.Workshop(Chip(b.target).board, tmp_path).count(build("all", shape, RandomNumbers(5), "all"))
+    assert boards.modelled_ms(sum(counted.values()), 216.0) == pytest.approx(repeated, rel=0.01)
 
 
 def test_canary_and_what_it_is_for(made, tmp_path):
@@ -163,3 +175,58 @@ def test_costs_are_those_of_the_footprint_and_the_table(made):
         assert (round(1e6 * costs["memory_mb"]), size) == (footprint.ram, footprint.flash)
         assert latency == latency_table.predict(table, graph)
         assert pricing.in_time(point) == {"latency_ms": costs["latency_ms"], "macs_m": costs["macs_m"]}
+
+
+def mcu_vit() -> SimpleNamespace:
+    """A space whose images, patches, channels, heads, neurons and ranks are elastic."""
+    family, backend = plugins.get("families", "mcu_vit"), plugins.get("backends", "mcu_c")
+    config = family.config_class(
+        image_size=16, image_sizes=[8, 16], patch_sizes=[8, 4], num_channels=1, hidden_size=24, head_dim=8, num_attention_heads=2,
+        num_hidden_layers=2, intermediate_size=32, num_labels=3,
+    )  # fmt: skip
+    target = targets.make("stm32f746", "", family.workload(config, 1, 0))
+    space = network.search_space(family, config, backend, target, "m")
+    return SimpleNamespace(
+        family=family, config=config, space=space, target=target, backend=backend,
+        parts=(family, config, space, target, backend, targets.device("stm32f746")),
+    )  # fmt: skip
+
+
+def test_a_table_has_what_any_candidate_executes(mcu_tools):
+    """Also those of other images, patches and ranks, in the plan that the board has them in."""
+    b, rng, seen = mcu_vit(), np.random.default_rng(3), set()
+    known, chip = set(program_costs.operators(b.family, b.config, b.space, b.target)), Chip(b.target)
+    for _ in range(60):
+        graph = network.graph(b.family, b.config, b.space, spaces.sample(b.space, rng), b.target)
+        for plan in (chip.takes(graph).graph, program_costs.in_plan(graph, "all")):
+            assert {node.operator for node in plan.nodes} <= known
+        seen |= {(dict(n.operator.dims).get("image"), n.operator.kind, "rank" in dict(n.operator.dims)) for n in graph.nodes}
+    assert {(8, "embedding", False), (16, "embedding", False), (None, "mlp", True), (None, "attention", True)} <= seen
+
+
+def test_networks_of_other_images_and_ranks_are_predicted(mcu_tools, tmp_path):
+    b = mcu_vit()
+    table = program_profiler.profile(*b.parts, tmp_path, 1, networks=3)
+    errors = [abs(r.measured.value / r.predicted_ms - 1) for r in table.validation]
+    assert len(errors) == 3
+    assert max(errors) < 0.01
+    assert max(r.measured.value for r in table.validation) > 3 * min(r.measured.value for r in table.validation)
+
+
+def test_what_searchers_are_told_quickly_is_what_they_are_told_slowly(made):
+    """Objectives alone against whole prices, through what searchers keep of them."""
+    from nascompile.search import Aim, Pricing
+    from nascompile.searchers.blocks import Blocks
+    from nascompile.searchers.encoding import Encoding
+
+    b, table = made
+    pricing = Pricing(b.family, b.config, b.space, b.target, table, chip=Chip(b.target))
+    aim = Aim(("error", "latency_ms"), program_costs.bounded((), pricing.chip), (pricing,))
+    problem, encoding = aim.problem(b.space), Encoding(b.space)
+    whole = Aim(("error", "latency_ms", "memory_mb"), aim.budgets, (pricing,)).problem(b.space)
+    quick, slow = Blocks(problem, encoding), Blocks(whole, encoding)
+    assert problem.values is not None
+    assert slow.problem.values is None, "memory is an objective, so there is no way around it"
+    for row in encoding.sample(np.random.default_rng(1), 10):
+        assert quick.price(row)[0] == slow.price(row)[0]
+        assert quick.over(row[None])[0] == slow.over(row[None])[0] == 0

@@ -21,6 +21,7 @@ from nascompile.records import (
     Interval,
     Measurement,
     Node,
+    OnChip,
     Operator,
     OperatorGraph,
     Quantity,
@@ -30,6 +31,7 @@ from nascompile.records import (
     Variant,
     Workload,
     digest,
+    encode,
 )
 
 TARGET = Target(device="d", backend="b", workload=Workload())
@@ -303,3 +305,54 @@ def test_an_engine_that_was_not_built_is_not_examined(tmp_path, monkeypatch):
     result = rerank.examine(choice, tmp_path, lambda: None, None, "accuracy", tmp_path, seed=0)
     assert [name for name, _ in result.scores] == ["baseline"]
     assert result.differences == ()
+
+
+# ---------------------------------------------------------------------------------------------- microcontrollers
+
+
+RAM = Budget(metric="memory_mb", bound=0.3, limit=True)
+
+
+def on_chip(name, value, ms, ram):
+    """An engine whose RAM is not what its operators' activations come to."""
+    manifest, measurement = engine(name, value, ms, memory=10**9)
+    chip = OnChip(
+        ram_bytes=ram, ram_limit=300_000, flash_bytes=1, flash_limit=2, stack_bytes=1, stack_limit=2, instructions=5, peak="head"
+    )
+    latency = msgspec.structs.replace(measurement.latency, kind="modelled")
+    return msgspec.structs.replace(manifest, chip=chip), msgspec.structs.replace(measurement, latency=latency)
+
+
+def test_limits_of_a_device_do_not_say_what_is_wanted():
+    """A drop alone asks for speed, nothing at all for accuracy, whatever the device's memory bounds besides."""
+    found = front(evaluation(1, 90.0, 5.0), evaluation(2, 89.5, 3.0), budgets=(RAM, DROP))
+    assert numbers(rerank.select(found, score(90.0), 9, 0.0)) == [2, 1]
+    assert numbers(rerank.select(front(*found.evaluations, budgets=(RAM,)), score(90.0), 9, 0.0)) == [1, 2]
+
+
+def test_a_choice_without_an_engine_of_the_baseline():
+    engines = [on_chip("candidate-1", 89.0, 2.0, 200_000), on_chip("candidate-2", 91.0, 1.0, 300_001)]
+    choice = rerank.choose({m.name: m for m, _ in engines}, [m for _, m in engines], (RAM, DROP), 0.0, baseline=score(89.5))
+    assert choice.engine == "candidate-1"
+    assert choice.rejected == (("candidate-2", "memory_mb 0.3 > 0.3"),)
+    assert "2 ms modelled, drop 0.50" in choice.reason
+
+
+def test_the_baselines_test_score_without_an_engine_of_it(tmp_path, monkeypatch):
+    split, (manifest, measured) = SimpleNamespace(digest="test"), engine("candidate-1", 89.6, 1.9)
+    choice = rerank.choose({"candidate-1": manifest}, [measured], (DROP,), 0.0, baseline=score(90.0))
+    monkeypatch.setattr(rerank.Loaded, "open", lambda folder: folder.name)
+    monkeypatch.setattr(rerank, "score_engine", lambda name, *_: score(80.0, per_sample=(1.0, 0.0)))
+    (tmp_path / "candidate-1").mkdir()
+    opened = []
+    result = rerank.examine(
+        choice, tmp_path, lambda: opened.append(1) or split, None, "accuracy", tmp_path, 0,
+        lambda given: score(90.0, per_sample=(1.0, 1.0)) if given is split else None,
+    )  # fmt: skip
+    assert opened == [1], "test is read once"
+    assert [(name, s.value) for name, s in result.scores] == [("baseline", 90.0), ("candidate-1", 80.0)]
+    assert [(d.reference, d.value) for d in result.differences] == [("baseline", -50.0)]
+
+
+def test_a_limit_changes_no_digest_of_what_has_none():
+    assert encode(DROP) == b'{"metric":"drop","bound":1.0,"target":""}'

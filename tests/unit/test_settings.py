@@ -183,3 +183,10 @@ def test_unknown_precisions_are_refused_and_the_known_are_named():
     with pytest.raises(RecipeError) as caught:
         settings.check(msgspec.structs.replace(demo, search=search))
     assert "search.precisions = ('int8', 'int3'): some of int8, int8-dynamic" in caught.value.detail
+
+
+def test_a_microcontroller_bounds_what_nobody_bounded():
+    assert settings.check(settings.Recipe(device="stm32f746")).budgets == settings.Budgets()
+    with pytest.raises(RecipeError) as caught:
+        settings.check(settings.Recipe(device="cpu"))
+    assert "no budget" in caught.value.detail
