@@ -93,3 +93,10 @@ def test_the_named_network_has_settings_and_data_of_its_own():
     assert own.finetune.epochs > 10, "it starts from random weights"
     with pytest.raises(DataError, match="no training data"):
         data.image_shape(DataSettings())
+
+
+def test_without_data_it_is_trained_on_the_embedded_ones(tmp_path):
+    pipeline.run(mcu_vit_recipe(), tmp_path / "run", until="data")
+    assert models.read_config(tmp_path / "run" / "model").image_size == 32
+    manifest = data.load_manifest(tmp_path / "run" / "data")
+    assert (manifest.head, len(manifest.label_names), manifest.split("train").samples) == ("new", 10, 5000)
