@@ -86,7 +86,7 @@ class SearchSettings(Record, frozen=True):
     tables: weight-int8."""
     space_evolution: bool = False
     """Let the searcher see a part of every gene's choices, which moves to where candidates are good and within the budgets, and widens in
-    the end (MCUFormer; docs/method.md says what it was worth)."""
+    the end (MCUFormer). With ehvi it was worse or the same, with nsga2 the same or better under very tight budgets (docs/method.md)."""
     evaluations: int = 96
     """Candidates scored at most."""
     patience: int = 0
