@@ -149,6 +149,10 @@ FLAGS = {
     "Search": (
         Flag("--searcher", "search.searcher", str, "ehvi, nsga2, linas, mip, …", "NAME"),
         Flag("--objective", "search.objectives", list[str], "Beside error, 3 at most: latency-ms, size-mb, macs-m, memory-mb, …", "NAME"),
+        Flag(
+            "--space-evolution/--no-space-evolution", "search.space_evolution", bool,
+            "Search a part of the space, which moves to where candidates are good and within the budgets.",
+        ),
         Flag("--evaluations", "search.evaluations", int, "Candidates scored at most.", "N"),
         Flag("--patience", "search.patience", int, "Batches without a better hypervolume after which the search ends.", "N"),
         Flag("--workers", "search.workers", int, "Processes that score; default: one a core where it takes long.", "N"),

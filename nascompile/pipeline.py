@@ -950,7 +950,7 @@ def plan(recipe: Recipe, out: Path) -> list[dict[str, Any]]:
         "profile": f"time every operator of the space on `{recipe.device}`, unless a table of this machine is known"
         + "".join(f"; the same for `{text}`, or its stored table if it is not here" for text in recipe.also),
         "finetune": f"{f.recipe}: {f.epochs} epochs of the super-network after up to {f.teacher_epochs} of a teacher",
-        "search": f"{s.searcher}: up to {s.evaluations} candidates scored on validation{shared}",
+        "search": f"{s.searcher}{', space evolution' * s.space_evolution}: up to {s.evaluations} candidates scored on validation{shared}",
         "build": f"{engines} engines: baseline, uniform INT8, {m.top_k} candidates{each}" + _compared_as(recipe),
         "measure": f"{engines} engines side by side: latency, throughput at batch {', '.join(map(str, m.batches))}, memory, accuracy",
         "rerank": "choose by what was measured, then read test once",

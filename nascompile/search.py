@@ -39,6 +39,7 @@ from nascompile.records import (
 )  # fmt: skip
 from nascompile.scoring import drop, gain, worst
 from nascompile.searchers import Price, Problem
+from nascompile.searchers.evolution import Evolving
 from nascompile.settings import SearchSettings
 from nascompile.stopping import Stopping, gain as growth, reference
 from nascompile.targets import label
@@ -156,6 +157,8 @@ def search(
     began, space, aim = time.monotonic(), pricing.space, Aim(settings.objectives, budgets, (pricing, *also))
     known = Known(path, space)
     searcher = plugins.get("searchers", settings.searcher)
+    if settings.space_evolution:
+        searcher = Evolving(searcher, progress.note)
     first, problem = ladder(space), aim.problem(space)
     affordable = tuple(p for p in first if problem.price(p).over == 0) or first
     run = searcher.start(problem, settings.population, affordable, seed)

@@ -88,6 +88,9 @@ class SearchSettings(Record, frozen=True):
     """What blocks may take beside FP32, where they can and the backend supports it; the last is the uniform engine's. Products: int8
     (calibrated), int8-dynamic, weight-int8-block128, weight-int8-block32, weight-int4-block128, weight-int4-block32. Text embedding
     tables: weight-int8."""
+    space_evolution: bool = False
+    """Let the searcher see a part of every gene's choices, which moves to where candidates are good and within the budgets, and widens in
+    the end (MCUFormer). With ehvi it was worse or the same, with nsga2 the same or better under very tight budgets (docs/method.md)."""
     evaluations: int = 96
     """Candidates scored at most."""
     patience: int = 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from nascompile.records import Candidate, SearchSpace
 
@@ -46,10 +46,18 @@ class Run(Protocol):
         """
 
 
+@runtime_checkable
+class Informed(Run, Protocol):
+    """A run that can make use of candidates it did not ask for."""
+
+    def know(self, points: tuple[Candidate, ...], objectives: Any, violations: Any) -> None:
+        """As `tell`, before the first ask: candidates that are known already, which are not to be asked for."""
+
+
 class Searcher(Protocol):
     name: str
+    batch: int
+    """Candidates that its runs ask for at a time, after the first; 0: a population of them."""
 
     def start(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> Run:
         """A search that begins with some of the `first` candidates; the same arguments give the same candidates."""
-    batch: int
-    """Candidates that its runs ask for at a time, after the first; 0: a population of them."""

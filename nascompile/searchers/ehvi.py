@@ -82,6 +82,10 @@ class EhviRun:
                 found.append(row)
         return found
 
+    def know(self, points: tuple[Candidate, ...], objectives: Any, violations: Any) -> None:
+        self.asked.update(dict.fromkeys(row.tobytes() for row in self.encoding.encode(points)))
+        self.tell(points, objectives, violations)
+
     def tell(self, points: tuple[Candidate, ...], objectives: Any, violations: Any) -> None:
         self.rows = np.concatenate([self.rows, self.encoding.encode(points)])
         self.values = np.concatenate([self.values, np.asarray(objectives, dtype=float)])
@@ -244,10 +248,10 @@ def _improvement(bound: Array, mean: Array, deviation: Array) -> Array:
 
 class Ehvi:
     name = "ehvi"
+    batch = BATCH
 
     def start(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> EhviRun:
         return EhviRun(problem, population, first, seed)
 
-    batch = BATCH
 
 PLUGIN = Ehvi()

@@ -67,6 +67,10 @@ class LinasRun:
                 found.append(row)
         return found
 
+    def know(self, points: tuple[Candidate, ...], objectives: Any, violations: Any) -> None:
+        self.asked.update(dict.fromkeys(row.tobytes() for row in self.encoding.encode(points)))
+        self.tell(points, objectives, violations)
+
     def tell(self, points: tuple[Candidate, ...], objectives: Any, violations: Any) -> None:
         self.rows = np.concatenate([self.rows, self.encoding.encode(points)])
         self.objectives = np.concatenate([self.objectives, np.asarray(objectives, dtype=float)])
@@ -172,10 +176,10 @@ def _spread(layer: Array, values: Array) -> list[int]:
 
 class Linas:
     name = "linas"
+    batch = 0
 
     def start(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> LinasRun:
         return LinasRun(problem, population, first, seed)
 
-    batch = 0
 
 PLUGIN = Linas()

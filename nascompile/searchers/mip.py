@@ -61,6 +61,10 @@ class MipRun:
             return self.ask()
         return tuple(self.encoding.decode(row) for row in chosen)
 
+    def know(self, points: tuple[Candidate, ...], objectives: Any, violations: Any) -> None:
+        self.asked.update(dict.fromkeys(row.tobytes() for row in self.encoding.encode(points)))
+        self.tell(points, objectives, violations)
+
     def tell(self, points: tuple[Candidate, ...], objectives: Any, violations: Any) -> None:
         rows = self.encoding.encode(points)
         for point, row, values in zip(points, rows, np.asarray(objectives, dtype=float), strict=True):
@@ -140,10 +144,10 @@ class _Plan:
 
 class Mip:
     name = "mip"
+    batch = 0
 
     def start(self, problem: Problem, population: int, first: tuple[Candidate, ...], seed: int) -> MipRun:
         return MipRun(problem, population, first, seed)
 
-    batch = 0
 
 PLUGIN = Mip()

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from nascompile import beside, pipeline
+from nascompile.progress import Silent
 from nascompile.records import Front, load
 from nascompile.searchers import linas
 from nascompile.settings import Recipe
@@ -25,22 +26,31 @@ def with_search(recipe: Recipe, **changes: Any) -> Recipe:
     return msgspec.structs.replace(recipe, search=msgspec.structs.replace(recipe.search, **changes))
 
 
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
 def outcome(front: Front) -> tuple[Any, ...]:
     """A front without times."""
     return [msgspec.structs.replace(e, seconds=0.0) for e in front.evaluations], front.scored, front.hypervolume, front.stopped
 
 
-@pytest.mark.parametrize("searcher", ["ehvi", "linas"])
-def test_the_front_does_not_depend_on_the_workers_and_can_be_explained(searcher: str, work: Recipe) -> None:
-    fronts = []
+@pytest.mark.parametrize(("searcher", "evolving"), [("ehvi", False), ("linas", False), ("nsga2", True)])
+def test_the_front_does_not_depend_on_the_workers_and_can_be_explained(searcher: str, evolving: bool, work: Recipe) -> None:
+    fronts, said = [], Notes()
     for workers in (1, 2):
         folder = Path(f"run{workers}")
         shutil.copytree("run", folder)
-        recipe = with_search(work, searcher=searcher, evaluations=24, population=12, workers=workers)
-        pipeline.run(recipe, folder, until="search")
+        recipe = with_search(work, searcher=searcher, evaluations=24, population=12, workers=workers, space_evolution=evolving)
+        pipeline.run(recipe, folder, until="search", progress=said)
         fronts.append(load(folder / "front.json", Front))
     assert fronts[0].searcher == searcher
     assert fronts[0].scored == 24
+    assert bool([note for note in said.notes if note.startswith("windows of the space")]) is evolving
     assert outcome(fronts[0]) == outcome(fronts[1])
     explained = [beside.explain_search(Path(f"run{workers}")) for workers in (1, 2)]
     assert explained[0].scored == 24
