@@ -168,10 +168,10 @@ def finetune(plan: Plan, progress: Progress) -> SearchSpace:
             logs["training.json"] = _train(plan, "teacher", net, plan.space_of(net.config, ()), progress)
         store_model(net, folder, logs)
     teacher = Supernet(plan.family, plan.family.load(str(folder)))
-    if plugins.get("recipes", plan.settings.recipe).distils:
-        teacher_logits(teacher.to(training_device()), plan.train, _logits(plan), progress)
     folder = plan.out / "supernet"
     if not folder.is_dir():
+        if plugins.get("recipes", plan.settings.recipe).distils:
+            teacher_logits(teacher.to(training_device()), plan.train, _logits(plan), progress)
         net, space = _untrained(plan, teacher.to(training_device()), progress)
         log = _train(plan, "supernet", net, space, progress)
         store_model(net, folder, {"manifest.json": space, "training.json": log})
