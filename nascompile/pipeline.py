@@ -589,7 +589,7 @@ class Context:
             return 1.0
         try:
             work = self.out / "profiling"
-            ratio = self.profiler.canary(found.table, self.family, self.config, space, backend, device, work, self.recipe.seed)
+            ratio: float = self.profiler.canary(found.table, self.family, self.config, space, backend, device, work, self.recipe.seed)
         except TableError as error:
             if not places.is_packaged(places.TABLES, found.path):
                 raise
