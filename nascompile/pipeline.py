@@ -413,7 +413,8 @@ class Context:
         """What the super-network was trained for, with the precisions that are searched now: training does not depend on them."""
         trained = load(self.out / "supernet" / "manifest.json", SearchSpace)
         now = self.space_of(self.config, trained.layer_order)
-        return now if self.further or trained.precisions != now.precisions else trained
+        same = (trained.precisions, trained.targets) == (now.precisions, now.targets)
+        return now if self.further or not same else trained
 
     def split(self, name: str, purpose: str) -> data.Split:
         return data.open_split(self.out / "data", name, purpose) if self.team.leads else data.opened_split(self.out / "data", name)

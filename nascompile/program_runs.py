@@ -72,7 +72,8 @@ def too_large(taken: Taken, chip: Chip) -> str:
 
 def planned(recipe: Recipe) -> dict[str, str]:
     """Stage ▸ what it does for a microcontroller, where that is not what it does otherwise; empty for another device."""
-    names = (recipe.backend, *targets.load_profile(recipe.device).backends)
+    known = targets.load_profile(recipe.device).backends if recipe.device in targets.names() else ()
+    names = (recipe.backend, *known)
     named = [name for name in names if name in plugins.names("backends")]
     if not named or not is_program(plugins.get("backends", named[0])):
         return {}

@@ -22,7 +22,20 @@ from nascompile import beside, cli, data, engine, latency_table, pipeline, plugi
 from nascompile.errors import DataError, RecipeError, RecordError, UnsupportedError
 from nascompile.families.toy import ToyConfig, demo_data
 from nascompile.journal import read as read_journal
-from nascompile.records import Choice, Correction, EngineManifest, Evaluation, Front, Measurement, Score, StageDone, TestResult, load
+from nascompile.records import (
+    Choice,
+    Correction,
+    EngineManifest,
+    Evaluation,
+    Front,
+    Measurement,
+    Score,
+    SearchSpace,
+    StageDone,
+    TestResult,
+    load,
+    save,
+)
 from nascompile.settings import Recipe
 
 BEFORE_TEST = "measure"
@@ -230,6 +243,16 @@ def test_an_edited_recipe_repeats_what_depends_on_it(edit: str, copy: Path, quic
     others = load(copy / "stages" / "build.json", StageDone).files != engines
     assert others >= (edit in ("teacher_epochs", "top_k"))  # these two must leave others
     assert tuple(performed) == ((*expected, "measure") if others and "measure" not in expected else expected)
+
+
+def test_a_super_network_that_was_trained_for_another_device_is_searched_for_this_one(copy: Path, quick: Recipe) -> None:
+    manifest = copy / "supernet" / "manifest.json"
+    trained = load(manifest, SearchSpace)
+    save(msgspec.structs.replace(trained, targets=("elsewhere-fake-00000000",)), manifest)
+    weights = (copy / "supernet" / "model.safetensors").read_bytes()
+    pipeline.run(with_file(quick), copy, until="search")
+    assert {target for e in load(copy / "front.json", Front).evaluations for target, _ in e.candidate.precision} == set(trained.targets)
+    assert (copy / "supernet" / "model.safetensors").read_bytes() == weights
 
 
 def test_edited_data_are_read_and_used(copy: Path, quick: Recipe, performed: list[str]) -> None:
