@@ -81,8 +81,16 @@ Ranges = dict[str, tuple[float, float]]
 """Tensor ▸ lowest and highest value that was seen."""
 
 
+See = Callable[[str, Array], None]
+
+
 def observe(network: Network, batches: Iterable[Array]) -> Ranges:
     """Ranges over batches of normalized samples (n, channels, height, width), of the tensors of every fusion."""
+    return observed(lambda images, see: forward(network, images, see), batches)
+
+
+def observed(run: Callable[[Array, See], object], batches: Iterable[Array]) -> Ranges:
+    """Ranges of the tensors that `run` shows of each batch; UnsupportedError where there is none."""
     found: Ranges = {}
 
     def see(name: str, x: Array) -> None:
@@ -90,13 +98,13 @@ def observe(network: Network, batches: Iterable[Array]) -> Ranges:
         found[name] = (min(low, float(x.min())), max(high, float(x.max())))
 
     for images in batches:
-        forward(network, images, see)
+        run(images, see)
     if not found:
         raise UnsupportedError("no calibration samples", hint="calibrate on one at least")
     return found
 
 
-def forward(network: Network, images: Array, see: Callable[[str, Array], None] = lambda name, x: None) -> Array:
+def forward(network: Network, images: Array, see: See = lambda name, x: None) -> Array:
     """Logits (n, classes) in float; `see` is shown every tensor by its name in the programs.
 
     Samples are averaged down to the image first. Queries, and what follows the last layer's attention, are of the class token only there,

@@ -7,7 +7,7 @@ the lowest byte, where requantization saturates.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from nascompile.errors import UnsupportedError
 from nascompile.mcu import constants, program as p
-from nascompile.mcu.calibrated import HEADROOM, Grid, Ranges, stored, weight_scales
+from nascompile.mcu.calibrated import HEADROOM, Grid, Ranges, See, observed, stored, weight_scales
 from nascompile.records import Record
 
 Array = npt.NDArray[Any]
@@ -229,20 +229,10 @@ def _array(tensor: Any) -> Array:
 
 def observe(network: Network, batches: Iterable[Array]) -> Ranges:
     """Ranges of every tensor of the program over batches of normalized samples (n, channels, height, width)."""
-    found: Ranges = {}
-
-    def see(name: str, x: Array) -> None:
-        low, high = found.get(name, (0.0, 0.0))
-        found[name] = (min(low, float(x.min())), max(high, float(x.max())))
-
-    for images in batches:
-        forward(network, images, see)
-    if not found:
-        raise UnsupportedError("no calibration samples", hint="calibrate on one at least")
-    return found
+    return observed(lambda images, see: forward(network, images, see), batches)
 
 
-def forward(network: Network, images: Array, see: Callable[[str, Array], None] = lambda name, x: None) -> Array:
+def forward(network: Network, images: Array, see: See = lambda name, x: None) -> Array:
     """Class scores (n, classes) in float of samples, averaged down to the image; `see` is shown every tensor by its name in the program."""
     parameters, x = network.parameters, p.averaged(images, network.pool).transpose(0, 2, 3, 1)
     for number, stage in enumerate(network.shape.stages):
