@@ -250,7 +250,10 @@ def test_a_super_network_that_was_trained_for_another_device_is_searched_for_thi
     trained = load(manifest, SearchSpace)
     save(msgspec.structs.replace(trained, targets=("elsewhere-fake-00000000",)), manifest)
     weights = (copy / "supernet" / "model.safetensors").read_bytes()
+    outputs = copy / "training" / "teacher_logits.npy"
+    outputs.unlink(missing_ok=True)
     pipeline.run(with_file(quick), copy, until="search")
+    assert not outputs.exists(), "a teacher's outputs are for training, and there is none"
     assert {target for e in load(copy / "front.json", Front).evaluations for target, _ in e.candidate.precision} == set(trained.targets)
     assert (copy / "supernet" / "model.safetensors").read_bytes() == weights
 
