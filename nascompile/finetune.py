@@ -28,6 +28,7 @@ from nascompile.progress import Progress, Silent
 from nascompile.quantization_aware import Quantized, TrainingQuantizer, first_ranges, quantizer
 from nascompile.recipes import Recipe, StepBatch, Terms
 from nascompile.records import Record, SearchSpace, digest, encode, load, save, write_atomic
+from nascompile.replay import Replayed, draw
 from nascompile.settings import FinetuneSettings
 from nascompile.supernet import (
     Batch,
@@ -43,6 +44,8 @@ from nascompile.supernet import (
 
 CHECKPOINT_SECONDS = 20.0
 EVALUATION_BATCH = 64
+ACCELERATED_BATCH = 1024
+"""Of images on an accelerator."""
 BUCKET = 32
 """Batches whose texts are sorted by length together."""
 IMPORTANCE_SAMPLES = 512
@@ -310,6 +313,7 @@ def train(job: Job, progress: Progress) -> TrainingLog:
     resumed = State.resume(job.folder, net, optimizer, average)
     state = resumed or State()
     images = Resident.of(job.train, accelerator.device)
+    graphs = _graphs(job, net, images)
     aware = quantizer(net, job.space, state.ranges) if state.quantized else None
 
     def validate(epoch: float) -> None:
@@ -329,9 +333,11 @@ def train(job: Job, progress: Progress) -> TrainingLog:
         if state.step >= aware_from and aware is None:
             aware = quantizer(net, job.space, first_ranges(net, job.space, _for_ranges(job, accelerator.device)))
             state.turn_quantized()
+            graphs = None
             validate(float(epoch))
         torch.manual_seed(int(np.random.default_rng([job.seed, state.step, accelerator.process_index]).integers(2**62)))
-        state.loss = state.loss + _step(job, net, optimizer, batches[offset], schedule(state.step), state.step, accelerator, aware, images)
+        rate = schedule(state.step)
+        state.loss = state.loss + _step(job, net, optimizer, batches[offset], rate, state.step, accelerator, aware, images, graphs)
         state.step, state.taken, state.summed = state.step + 1, state.taken + 1, state.summed + 1
         if average:
             average.follow(net, state.taken)
@@ -365,6 +371,16 @@ def train(job: Job, progress: Progress) -> TrainingLog:
         validation=tuple(state.history), best_epoch=state.best_epoch, best=state.best, stopped=stopped,
         losses=tuple(state.losses), quantized_from=aware_from / steps_per_epoch if aware else None,
     )  # fmt: skip
+
+
+def _graphs(job: Job, net: Supernet, images: Resident | None) -> Replayed | None:
+    """RecipeError where the settings ask for graphs and there can be none."""
+    if not job.settings.cuda_graphs:
+        return None
+    if (device := _where(net).type) != "cuda" or images is None:
+        what = f"trains on {device}" if device != "cuda" else "trains on no images, or too many to keep on the GPU"
+        raise RecipeError(f"finetune.cuda_graphs needs an NVIDIA GPU and images kept there, and this {what}", hint="leave it out")
+    return Replayed(net)
 
 
 def _take_best(job: Job, state: State, net: Supernet, accelerator: Any) -> None:
@@ -443,7 +459,7 @@ def teacher_logits(net: Supernet, split: Split, path: Path, progress: Progress) 
 
 def _step(
     job: Job, net: Supernet, optimizer: Any, whole: Any, rate: float, step: int, accelerator: Any, aware: TrainingQuantizer | None = None,
-    images: Resident | None = None,
+    images: Resident | None = None, graphs: Replayed | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """One update of the weights; the loss of the whole batch, over all processes."""
     processes = accelerator.num_processes
@@ -451,7 +467,7 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=accelerator.device)
     for part in np.array_split(rows, min(job.settings.accumulation, len(rows))):
-        total += _passes(job, net, part, len(part) / len(whole), step, accelerator.device, aware, images)
+        total += _passes(job, net, part, len(part) / len(whole), step, accelerator.device, aware, images, graphs)
     parameters = [p for p in net.parameters() if p.grad is not None]
     if processes > 1:
         # one reduction after all passes: DistributedDataParallel expects a single forward per backward
@@ -469,8 +485,9 @@ def _step(
 
 
 def _passes(
-    job: Job, net: Supernet, rows: Any, share: float, step: int, device: Any, aware: TrainingQuantizer | None, images: Resident | None
-) -> torch.Tensor:
+    job: Job, net: Supernet, rows: Any, share: float, step: int, device: Any, aware: TrainingQuantizer | None, images: Resident | None,
+    graphs: Replayed | None,
+) -> torch.Tensor:  # fmt: skip
     """Back-propagate the recipe's losses on some samples, which are this share of a batch; their sum by that share."""
     net.train()
     teacher = None if job.teacher is None else torch.from_numpy(job.teacher[rows]).to(device)
@@ -478,8 +495,11 @@ def _passes(
     if job.settings.augmentation:
         inputs = {name: vary(values, job.settings.augmentation) for name, values in inputs.items()}
     batch = StepBatch(inputs, labels, teacher)
-    rng, total = np.random.default_rng([job.seed, step]), torch.zeros((), device=device)
-    losses = iter(job.recipe.losses(Quantized(net, aware) if aware else net, job.space, batch, rng, job.terms))
+    rng = np.random.default_rng([job.seed, draw(step) if job.settings.cuda_graphs else step])
+    total = torch.zeros((), device=device)
+    if graphs:
+        graphs.begin(step)
+    losses = iter(job.recipe.losses(Quantized(net, aware) if aware else graphs or net, job.space, batch, rng, job.terms))
     while True:
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=job.settings.mixed_precision == "bf16"):
             loss = next(losses, None)
@@ -542,8 +562,10 @@ def _validate(job: Job, net: Supernet, accelerator: Any, aware: TrainingQuantize
     outputs: list[list[np.ndarray[Any, Any]]] = [[] for _ in subnets]
     net.eval()
     order = by_length(job.validation, np.arange(min(len(job.validation), EARLY_STOPPING_SAMPLES)))
-    for start in range(0, len(order), EVALUATION_BATCH):
-        inputs, _ = load_batch(job.validation, order[start : start + EVALUATION_BATCH], accelerator.device)
+    images = job.validation.preprocessor.settings.modality == "image"
+    size = ACCELERATED_BATCH if images and accelerator.device.type != "cpu" else EVALUATION_BATCH
+    for start in range(0, len(order), size):
+        inputs, _ = load_batch(job.validation, order[start : start + size], accelerator.device)
         for row, subnet in zip(outputs, subnets, strict=True):
             row.append(run(inputs, subnet).cpu().numpy())
     truth = job.validation.labels[order]

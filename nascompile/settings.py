@@ -64,6 +64,9 @@ class FinetuneSettings(Record, frozen=True):
     augmentation: tuple[str, ...] = ()
     """Of training images, at random in every pass over them: crop (moved by up to an eighth of the side), flip (left and right), light
     (contrast and brightness), erase (a box of noise in a quarter of them)."""
+    cuda_graphs: bool = False
+    """On an NVIDIA GPU, for images: capture the kernels of a pass once and replay them, which small networks gain most by. Random
+    sub-networks are those of 32 steps then, 64 times over, and others after that."""
     class_weights: bool = False
     """Weigh the loss by inverse class frequency."""
     importance: bool = True

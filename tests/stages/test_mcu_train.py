@@ -87,5 +87,5 @@ def test_a_run_goes_on_from_what_it_stores(tool, tmp_path, capsys):
 
 
 def test_minutes_become_epochs(tool):
-    assert tool.Task.parse("fashion:64") == tool.Task("fashion-64", "fashion", 64)
+    assert tool.Task.parse("fashion:64") == tool.Task("fashion-64", "fashion", 64, "")
     assert [tool._epochs(count) for count in (0.2, 17.9, 1e9)] == [1, 17, tool.MOST_EPOCHS]

@@ -25,7 +25,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "shared": (
         "settings", "targets", "network", "models", "supernet", "quantization_aware", "augmentation", "checkpoint", "lowering",
         "pass_check", "scoring", "accuracy", "engine", "variants", "several", "programs", "program_accuracy",
-        "program_costs", "program_runs", "fronts", "stopping", "worker", "workers",
+        "program_costs", "program_runs", "replay", "fronts", "stopping", "worker", "workers",
     ),
     "stages": ("profiler", "program_profiler", "finetune", "search", "build", "measure", "rerank", "report", "explain"),
     "kits": ("kit", "kit_import", "kit_limits", "remote", "remote_device"),

@@ -238,6 +238,10 @@ def train(
     steps = batches * settings.epochs
     warm = max(1, round(settings.warmup * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * n / steps)))
+    run: Callable[[Tensor], Tensor] = module
+    if settings.half and device == "cuda" and not settings.aware_epochs:  # kernels captured once: these networks are bound by launches
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            run = torch.cuda.make_graphed_callables(module, (normalized(images[: settings.batch]),))
     done, began = 0, time.monotonic()
     for epoch in range(1, settings.epochs + 1):
         if isinstance(module, Vit) and epoch == settings.epochs - settings.aware_epochs + 1:
@@ -246,7 +250,7 @@ def train(
         for chosen in torch.randperm(len(images), device=device)[: batches * settings.batch].split(settings.batch):
             x = vary(normalized(images[chosen]), settings.augmentation)
             with torch.autocast("cuda", torch.bfloat16, enabled=settings.half and device == "cuda"):
-                logits = module(x)
+                logits = run(x)
             loss = F.cross_entropy(logits.float(), labels[chosen].long())
             optimizer.zero_grad()
             loss.backward()

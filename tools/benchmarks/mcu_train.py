@@ -2,10 +2,11 @@
 
     python tools/benchmarks/mcu_train.py --out OUT --minutes 8 --tasks fashion:32 fashion:64 tiles:32 --data fashion=FOLDER tiles=FOLDER
 
-A task is a data set of tools/make_image_data.py (a folder with train.parquet, validation.parquet and test.parquet) and the largest side of
-the images that the network sees; test.parquet may stay at home, a few training images are sealed in its place then. All tasks train at the
-same time, each in a process of its own, with the package's own stage of fine-tuning: as many epochs as fit the minutes by a first few
-steps. The seeds are those of `--seed`; test is sealed and not read.
+A task is a data set of tools/make_image_data.py (a folder with train.parquet, validation.parquet and test.parquet), the largest side of
+the images that the network sees, and where it is not the family's own network the name of some of `--sizes`: fashion:32:small. test.parquet
+may stay at home, a few training images are sealed in its place then. All tasks train at the same time, each in a process of its own and on
+one of `--gpus`, with the package's own stage of fine-tuning: as many epochs as fit the minutes by a first few steps. The seeds are those of
+`--seed`; test is sealed and not read.
 
 OUT has then, for each task, TASK.teacher.tar and TASK.supernet.tar (safetensors and records), and results.json with the validation
 accuracies in float of the largest, the smallest and some random networks. What goes on from there:
@@ -38,13 +39,13 @@ TEACHER_SHARE = 0.25
 """Of the time for training."""
 RESERVE = 20.0
 """Seconds at the end for scores and files."""
-WARM, TIMED = 4, 8
-"""Steps before the timed ones, and those."""
+WARM, TIMED = 6, 8
+"""Steps before the timed ones, in which graphs are captured, and those."""
 SLOWER, AWARE_FACTOR = 1.25, 2.5
 """Steps are slower when the other tasks train too and where they are quantization-aware."""
 EPOCH_SECONDS = {False: 0.3, True: 0.8}
 """Of an epoch besides its steps, above all validation; of a teacher, and of a super-network, which validates four networks."""
-MOST_EPOCHS = 300
+MOST_EPOCHS = 600
 FEWEST_SEALED = 20
 """Training images set apart where there is no test."""
 RANDOM = 6
@@ -57,17 +58,18 @@ class Task:
     name: str
     data: str
     side: int
+    sizes: str
 
     @classmethod
     def parse(cls, text: str) -> Task:
-        data, _, side = text.partition(":")
-        return cls(f"{data}-{side}", data, int(side))
+        data, side, *sizes = text.split(":")
+        return cls("-".join((data, side, *sizes)), data, int(side), *(sizes or [""]))
 
 
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tasks", nargs="+", default=["fashion:32", "fashion:64", "tiles:32"], metavar="DATA:SIDE")
+    parser.add_argument("--tasks", nargs="+", default=["fashion:32", "fashion:64", "tiles:32"], metavar="DATA:SIDE[:SIZES]")
     parser.add_argument("--data", nargs="+", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything, reading data included")
     parser.add_argument("--work", type=Path, help="where data and checkpoints are kept; default: a folder beside OUT")
@@ -78,7 +80,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate of the teacher; half of it for the super-network")
     parser.add_argument("--aware", type=float, default=0.1, help="share of the super-network's epochs that are quantization-aware")
     parser.add_argument("--epochs", type=int, nargs=2, metavar=("TEACHER", "SUPERNET"), help="instead of what fits the minutes")
-    parser.add_argument("--sizes", type=json.loads, default={}, help="JSON: entries of the network's configuration")
+    parser.add_argument("--sizes", type=json.loads, default={}, help="JSON: name of sizes, or none ▸ entries of the configuration")
+    parser.add_argument("--gpus", type=int, default=1, help="tasks take turns at them")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     return parser
@@ -98,8 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     until = time.time() + 60 * asked.minutes - RESERVE
     running = {
-        task: subprocess.Popen([sys.executable, __file__, *given, "--one", task, "--until", str(until)], env=_environment())
-        for task in asked.tasks
+        task: subprocess.Popen([sys.executable, __file__, *given, "--one", task, "--until", str(until)], env=_environment(i % asked.gpus))
+        for i, task in enumerate(asked.tasks)
     }
     failed = [task for task, process in running.items() if process.wait()]
     found = [json.loads(path.read_text()) for path in sorted(asked.out.glob("*.result.json"))]
@@ -110,9 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _environment() -> dict[str, str]:
-    root = str(Path(__file__).resolve().parents[2])
-    return os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]), "PYTHONUNBUFFERED": "1"}
+def _environment(gpu: int) -> dict[str, str]:
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": str(gpu)}
 
 
 class Training:
@@ -137,7 +140,7 @@ class Training:
         sealed = {"test": files["test"]} if Path(files["test"]).is_file() else {"test_size": float(FEWEST_SEALED)}
         settings = DataSettings(data=files["train"], validation=files["validation"], **sealed)
         _, _, channels = data.image_shape(settings)
-        config = mcu_vit.McuVitConfig(**{"image_size": self.task.side, "num_channels": channels} | asked.sizes)
+        config = mcu_vit.McuVitConfig(**{"image_size": self.task.side, "num_channels": channels} | asked.sizes.get(self.task.sizes, {}))
         if reason := family.unsupported(config):
             raise SystemExit(f"{self.task.name}: {reason}")
         if not (self.folder / "model").is_dir():
@@ -163,7 +166,7 @@ class Training:
             settings=FinetuneSettings(
                 recipe=asked.recipe, batch_size=asked.batch, learning_rate=asked.rate, weight_decay=0.05, patience=10**6,
                 ema_decay=0.998, augmentation=AUGMENTATION[self.task.data],
-                mixed_precision="bf16" if asked.device == "cuda" else "no",
+                mixed_precision="bf16" if asked.device == "cuda" else "no", cuda_graphs=asked.device == "cuda",
             ),
             seed=asked.seed, out=self.folder,
         )  # fmt: skip
@@ -202,11 +205,13 @@ class Training:
         from nascompile import finetune, plugins
         from nascompile.augmentation import vary
         from nascompile.recipes import StepBatch
+        from nascompile.replay import Replayed
         from nascompile.supernet import Supernet, load_batch
 
         recipe = plugins.get("recipes", recipe_name)
         device = finetune.training_device()
         net = Supernet(plan.family, plan.family.load(str(plan.model), **plan.head)).to(device)
+        runs = Replayed(net) if plan.settings.cuda_graphs else net
         space, terms = plan.space_of(net.config, ()), finetune.terms_of(plan.task, recipe, plan.settings)
         inputs, labels = load_batch(plan.train, np.arange(min(plan.settings.batch_size, len(plan.train))), device)
         teacher = torch.zeros(len(labels), len(plan.head["id2label"]), device=device)
@@ -217,7 +222,7 @@ class Training:
                 began = time.perf_counter()
             net.train()
             varied = {name: vary(values, plan.settings.augmentation) for name, values in inputs.items()}
-            losses = iter(recipe.losses(net, space, StepBatch(varied, labels, teacher), np.random.default_rng(step), terms))
+            losses = iter(recipe.losses(runs, space, StepBatch(varied, labels, teacher), np.random.default_rng(step % 2), terms))
             while True:
                 with torch.autocast(device.type, torch.bfloat16, enabled=plan.settings.mixed_precision == "bf16"):
                     loss = next(losses, None)
@@ -225,7 +230,9 @@ class Training:
                     break
                 loss.backward()
         _wait(device)
-        return (time.perf_counter() - began) / TIMED
+        seconds = (time.perf_counter() - began) / TIMED
+        print(f"{self.task.name}: {1e3 * seconds:.1f} ms a step of {recipe_name}", flush=True)
+        return seconds
 
     def _scored(self, plan: Any, space: Any) -> dict[str, Any]:
         """Float accuracies on validation of some networks, and how the trainings went."""
