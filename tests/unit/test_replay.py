@@ -2,31 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from test_augmentation import as_images
-from test_finetune import make_job, make_net, make_space, same, weights
+from test_finetune import make_job, make_net, make_space, weights
+from torch.func import functional_call
 
 from nascompile import finetune, replay, space as spaces
 from nascompile.errors import RecipeError
 from nascompile.progress import Silent
 
 
+class Recomputed:
+    """What stands for captured graphs where there is no GPU: a replay computes anew, of what the tensors hold then."""
+
+    def __init__(self, net, name, x, subnet) -> None:
+        self.x, self.net, self.name, self.subnet = x, net, name, subnet
+        self.ahead, self.back = SimpleNamespace(replay=self.forth), SimpleNamespace(replay=self.and_back)
+
+    def forth(self) -> None:
+        self.leaves = [p.detach().requires_grad_() for p in self.net.parameters()]
+        named = dict(zip((name for name, _ in self.net.named_parameters()), self.leaves, strict=True))
+        with torch.enable_grad():
+            self.own = functional_call(self.net, named, ({self.name: self.x}, self.subnet))
+        self.logits, self.gradient = self.own.detach(), torch.empty_like(self.own)
+
+    def and_back(self) -> None:
+        found = torch.autograd.grad(self.own, self.leaves, self.gradient, allow_unused=True)
+        used = [(p, g) for p, g in zip(self.net.parameters(), found, strict=True) if g is not None]
+        self.parameters, self.gradients = zip(*used, strict=True)
+
+
 @pytest.fixture
 def captured(monkeypatch):
-    """The sub-networks that were captured; replays are the passes themselves."""
+    """The sub-networks that were captured."""
     found = []
 
-    def capture(run, arguments, **how):
-        assert how == {"num_warmup_iters": 0, "allow_unused_input": True, "pool": "pool"}
-        assert not torch.is_autocast_cache_enabled()
-        found.append(run.subnet)
-        return run
+    def capture(net, name, x, subnet, pool):
+        assert pool == "pool"
+        found.append(subnet)
+        return Recomputed(net, name, x, subnet)
 
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    monkeypatch.setattr(replay, "Graphs", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     return found
 
@@ -102,6 +124,46 @@ def test_new_draws_forget_old_graphs(captured):
     assert len(captured) == 2
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_a_capture_is_of_the_parameters_that_a_network_uses(monkeypatch, half):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    caches = []
+
+    @contextlib.contextmanager
+    def graph(made, pool):
+        yield
+        caches.append(pool)
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch, "empty_like", torch.ones_like)
+    net = make_net()
+    _, smallest = two_subnets(net)
+    x = inputs(0)["features"]
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        made = replay.Graphs(net, "features", x, smallest, "pool")
+        assert torch.is_autocast_cache_enabled()
+    assert caches == ["pool", "pool"], "forth and back"
+    assert all(p.grad is None for p in net.parameters())
+    replay.add(made.parameters, made.gradients)
+    replay.add(made.parameters, made.gradients)
+    found = gradients(net)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        logits = net({"features": x}, smallest)
+    torch.testing.assert_close(made.logits, logits.detach())
+    (2 * logits.sum()).backward()
+    for name, gradient in gradients(net).items():
+        torch.testing.assert_close(found[name], gradient)
+    assert any(gradient is None for gradient in found.values()), "of the layer that it leaves out"
+
+
+def test_gradients_are_copies():
+    parameter, gradient = torch.nn.Parameter(torch.zeros(2)), torch.ones(2)
+    replay.add([parameter], [gradient])
+    replay.add([parameter], [gradient])
+    assert gradient.tolist() == [1, 1]
+    assert parameter.grad.tolist() == [2, 2]
+
+
 def test_training_without_a_gpu_refuses(tmp_path):
     with pytest.raises(RecipeError, match=r"finetune\.cuda_graphs needs an NVIDIA GPU and images kept there, and this trains on cpu"):
         finetune.train(make_job(tmp_path / "run", cuda_graphs=True), Silent())
@@ -129,4 +191,6 @@ def test_training_by_graphs_ends_where_launches_do(tmp_path, monkeypatch, precis
     again = max(float((found[1][name] - found[2][name]).abs().max()) for name in found[0])
     assert worst <= max(1e-5, 3 * again), "no further apart than two trainings by launches are"
     assert logs[0].steps == logs[1].steps
-    assert not same(found[0], weights(make_job(tmp_path / "start", "vit", recipe="bignas").net))
+    start = weights(make_net("vit").to("cuda"))
+    moved = max(float((found[0][name] - start[name].cpu()).abs().max()) for name in start)
+    assert moved > 100 * worst, "they learned something"
