@@ -104,6 +104,7 @@ class Replayed:
         if (block := step // (RECURRING * TIMES)) != self._block:
             self._block = block
             self._seen.clear()
+            self._pool = None  # one whose graphs are gone takes no others
 
     def __call__(self, inputs: Mapping[str, torch.Tensor], subnet: Subnet) -> torch.Tensor:
         [(name, x)] = inputs.items()
