@@ -41,8 +41,8 @@ RESERVE = 20.0
 """Seconds at the end for scores and files."""
 WARM, TIMED = 6, 8
 """Steps before the timed ones, in which graphs are captured, and those."""
-SLOWER, AWARE_FACTOR = 1.25, 2.5
-"""Steps are slower when the other tasks train too and where they are quantization-aware."""
+SLOWER, AWARE_FACTOR = 1.05, 2.5
+"""A step with its update is so much slower than its passes, and one that is quantization-aware than another."""
 EPOCH_SECONDS = {False: 0.3, True: 0.8}
 """Of an epoch besides its steps, above all validation; of a teacher, and of a super-network, which validates four networks."""
 MOST_EPOCHS = 600
