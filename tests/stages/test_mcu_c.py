@@ -417,6 +417,15 @@ def test_its_folder_is_verified_file_by_file(engine, tmp_path):
     assert {"kernels/linear.c", "model.c", "firmware.elf"} <= {check.name for check in engines.verify(tmp_path / "e")}
     found = engines.load(tmp_path / "e").run({"pixel_values": x})["logits"]
     np.testing.assert_array_equal(found, engines.read_sample(tmp_path / "e")[1]["logits"])
+    toolchain.make(tmp_path / "e", "run", "host", "firmware_uart.elf")
+    (tmp_path / "e" / "firmware_host").write_text("#!/bin/sh\nexit 3\n")
+    assert engines.verify(tmp_path / "e"), "what make leaves behind is neither a fault nor what is run"
+    (tmp_path / "e" / "kernels" / "build").mkdir()
+    (tmp_path / "e" / "kernels" / "build" / "linear.c").write_text("")
+    with pytest.raises(RecordError) as caught:
+        engines.verify(tmp_path / "e")
+    assert caught.value.detail == "unknown file: kernels/build/linear.c"
+    shutil.rmtree(tmp_path / "e" / "kernels" / "build")
     with (tmp_path / "e" / "kernels" / "linear.c").open("a") as file:
         file.write("/* changed */")
     with pytest.raises(RecordError, match="not as it was built") as caught:
