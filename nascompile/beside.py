@@ -10,8 +10,23 @@ from typing import Any
 import msgspec
 
 import nascompile
-from nascompile import build, explain, fronts, kit, kit_import, latency_table, models, network, plugins, profiler, space as spaces, targets
+from nascompile import (
+    build,
+    engine,
+    explain,
+    fronts,
+    kit,
+    kit_import,
+    latency_table,
+    models,
+    network,
+    plugins,
+    profiler,
+    space as spaces,
+    targets,
+)  # fmt: skip
 from nascompile.backends import CrossCompiler
+from nascompile.devices import Job
 from nascompile.errors import BudgetError, RecipeError, RecordError, UnsupportedError
 from nascompile.pass_check import PassCheck
 from nascompile.pipeline import DEVICES, EXPLAIN, Context, Given, locked, tuned
@@ -58,10 +73,13 @@ def build_candidate(
             context.space = front.space
             folder = out / "engines" / "-".join(filter(None, named))
             try:
-                return _build_elsewhere(context, e, folder, precision)
+                folder = _build_elsewhere(context, e, folder, precision)
             except BudgetError as error:
                 hint = _that_fit(context, front, precision)
                 raise BudgetError(error.message, detail=error.detail, hint=hint) from error
+            if context.device.name == "serial_m7":
+                context.progress.note(_on_board(context, folder))
+            return folder
         context = Context(recipe, out, progress or Silent(), Given())
         return _build_searched(context, e, context.target, number)
 
@@ -216,6 +234,14 @@ def _build_elsewhere(context: Context, searched: Evaluation, folder: Path, preci
     for remark in remarks:
         context.progress.note(remark)
     return folder
+
+
+def _on_board(context: Context, folder: Path) -> str:
+    """What a board on a serial line says of an engine that is flashed to it."""
+    manifest = load(folder / "manifest.json", EngineManifest)
+    runner = context.backend.load(folder, manifest.graphs, context.target)
+    [latency] = context.device.time([Job(folder.name, runner, engine.read_sample(folder)[0])], seconds=0.0, seed=0)
+    return f"{context.target.device}: {latency.value:.4g} ms {latency.kind}, {latency.n} calls; outputs as on this computer"
 
 
 def _unrun(target: Target, backend: Any) -> str:

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from nascompile import beside, cli, engine, journal, pipeline, space as spaces, table_view, worker
 from nascompile.data import DataSettings
 from nascompile.errors import BudgetError, UnsupportedError
-from nascompile.mcu import project
+from nascompile.mcu import project, serial_line, toolchain
+from nascompile.mcu.board import CORES
 from nascompile.progress import Silent
 from nascompile.records import (
     Choice,
@@ -211,6 +212,31 @@ def test_one_more_of_the_front(run):
     assert load(folder / "manifest.json", EngineManifest).chip.ram_bytes <= RAM
     with pytest.raises(UnsupportedError, match="takes no graph that passes could change"):
         beside.check_passes(folder)
+
+
+def test_a_candidate_on_a_board(run, monkeypatch):
+    """Built, then sent to the board by the profile's settings; QEMU stands for the board."""
+    lines, said = [], []
+
+    def board(folder, settings, samples):
+        lines.append(settings)
+        return toolchain.run_emulated(folder, CORES["cortex-m7"], samples)
+
+    class Noted(Silent):
+        def note(self, text):
+            said.append(text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(serial_line, "run", board)
+        patch.setattr(toolchain, "UNITS", ("", "cycles", "cycles"))
+        profile = PROFILE.format(ram=RAM, flash=FLASH).replace("qemu_m7", "serial_m7")
+        Path("profiles/board.toml").write_text(f'{profile}[session]\nport = "/dev/no"\nmake = "firmware_board.elf BOARD=b.c"\n')
+        folder = beside.build_candidate(run, 1, Noted(), device="board")
+        beside.build_candidate(run, 1, Noted(), device="board")
+    count = load(folder / "manifest.json", EngineManifest).chip.instructions
+    assert lines == [serial_line.Settings("/dev/no", "", "firmware_board.elf BOARD=b.c")] * 2, "a board is asked each time"
+    [first, again] = [text for text in said if text.startswith("board: ")]
+    assert first == again == f"board: {count / 1e5:.4g} ms measured, 5 calls; outputs as on this computer"
 
 
 # ---------------------------------------------------------------------------------------------- what cannot be
