@@ -10,11 +10,27 @@ from typing import Any
 import msgspec
 
 import nascompile
-from nascompile import build, explain, fronts, kit, kit_import, latency_table, models, network, plugins, profiler, space as spaces, targets
+from nascompile import (
+    build,
+    engine,
+    explain,
+    fronts,
+    kit,
+    kit_import,
+    latency_table,
+    models,
+    network,
+    plugins,
+    profiler,
+    space as spaces,
+    targets,
+)  # fmt: skip
 from nascompile.backends import CrossCompiler
-from nascompile.errors import RecipeError, RecordError, UnsupportedError
+from nascompile.devices import Job
+from nascompile.errors import BudgetError, RecipeError, RecordError, UnsupportedError
 from nascompile.pass_check import PassCheck
 from nascompile.pipeline import DEVICES, EXPLAIN, Context, Given, locked, tuned
+from nascompile.program_costs import Chip
 from nascompile.progress import Progress, Silent
 from nascompile.records import EngineManifest, Environment, Evaluation, Explanation, Front, LatencyTable, Target, digest, load, save
 from nascompile.remote_device import RemoteDevice
@@ -55,7 +71,15 @@ def build_candidate(
             named = [name, other.device, backend, threads, "" if precision == network.AS_SEARCHED else precision]
             context = Context(other, out, progress or Silent(), Given())
             context.space = front.space
-            return _build_elsewhere(context, e, out / "engines" / "-".join(filter(None, named)), precision)
+            folder = out / "engines" / "-".join(filter(None, named))
+            try:
+                folder = _build_elsewhere(context, e, folder, precision)
+            except BudgetError as error:
+                hint = _that_fit(context, front, precision)
+                raise BudgetError(error.message, detail=error.detail, hint=hint) from error
+            if context.device.name == "serial_m7":
+                context.progress.note(_on_board(context, folder))
+            return folder
         context = Context(recipe, out, progress or Silent(), Given())
         return _build_searched(context, e, context.target, number)
 
@@ -77,6 +101,19 @@ def explain_search(out: Path, progress: Progress | None = None) -> Explanation:
         )  # fmt: skip
         save(found, path)
         return found
+
+
+def _that_fit(context: Context, front: Front, precision: str) -> str:
+    """The hint where a candidate does not fit a microcontroller: which of the front do."""
+    chip, fit = Chip(context.target), []
+    for number, e in enumerate(front.evaluations, 1):
+        where = (context.backend, context.target)
+        space, point = network.retarget(context.family, context.config, front.space, e.candidate, *where, precision)
+        if chip.takes(network.graph(context.family, context.config, space, point, context.target)).fits:
+            fit.append(str(number))
+    if not fit:
+        return f"none of this front fits: search with --device {context.target.device}"
+    return f"of this front {', '.join(fit)} would fit: --candidate {fit[-1]}"
 
 
 def _build_searched(context: Context, e: Evaluation, target: Target, number: int) -> Path:
@@ -197,6 +234,14 @@ def _build_elsewhere(context: Context, searched: Evaluation, folder: Path, preci
     for remark in remarks:
         context.progress.note(remark)
     return folder
+
+
+def _on_board(context: Context, folder: Path) -> str:
+    """What a board on a serial line says of an engine that is flashed to it."""
+    manifest = load(folder / "manifest.json", EngineManifest)
+    runner = context.backend.load(folder, manifest.graphs, context.target)
+    [latency] = context.device.time([Job(folder.name, runner, engine.read_sample(folder)[0])], seconds=0.0, seed=0)
+    return f"{context.target.device}: {latency.value:.4g} ms {latency.kind}, {latency.n} calls; outputs as on this computer"
 
 
 def _unrun(target: Target, backend: Any) -> str:

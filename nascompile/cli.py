@@ -286,7 +286,9 @@ def build(
     """Build the front's best candidates, or one more of a finished front; RECIPE may be the run folder."""
     if recipe is not None and recipe.is_dir():
         recipe, out = None, out or recipe
-    chosen, folder = recipe_and_folder(recipe, out, given)
+    about = {"device", "backend", "measure.tune_session", *(["threads"] if "device" in given else [])}
+    of_run = {name: value for name, value in given.items() if candidate is None or out is None or name not in about}
+    chosen, folder = recipe_and_folder(recipe, out, of_run)
     if candidate is None and precision != "as-searched":
         raise RecipeError(f"--precision {precision} is for one --candidate", hint="a run's precisions are searched")
     if candidate is None:
@@ -298,7 +300,6 @@ def build(
             done = records.load(folder / "stages" / "build.json", records.StageDone)
             return _print_passes(folder, [(folder / name).parent for name, _ in done.files], as_json, quiet)
         return _print_stage(folder, "build", as_json)
-    about = {"device", "backend", "measure.tune_session", *(["threads"] if "device" in given else [])}
     if recipe or given.keys() - about:
         raise RecipeError(
             "--candidate takes its settings from the run, all but --device and --backend and --tune-session",

@@ -206,14 +206,15 @@ def verify(folder: Path) -> tuple[Check, ...]:
             faults.append(f"changed file: {name}")
         else:
             checks.append(Check(name, f"sha256 {digest[:12]}…"))
-    known = {name for name, _ in manifest.files} | {MANIFEST}
+    backend = plugins.get("backends", manifest.target.backend)
+    known, made = {name for name, _ in manifest.files} | {MANIFEST}, set(getattr(backend, "products", ()))
     found = (p for p in sorted(folder.rglob("*")) if p.is_file() and not set(p.relative_to(folder).parts) & set(IGNORED))
+    found = (p for p in found if p.relative_to(folder).parts[0] not in made)
     faults += [f"unknown file: {name}" for p in found if (name := p.relative_to(folder).as_posix()) not in known]
     faults += [f"not among the hashed files: {name}" for name in (*manifest.graphs, SAMPLE) if name not in known]
     if faults:
         raise RecordError(f"engine {manifest.name} is not as it was built: {folder}", detail="\n".join(faults), hint="build it again")
     inputs, expected = read_sample(folder)
-    backend = plugins.get("backends", manifest.target.backend)
     if manifest.foreign:
         checks.append(Check("prediction", f"of {FOREIGN}: {'; '.join(latency_table.difference_lines(manifest.foreign))}"))
     unrun = not manifest.executed and isinstance(backend, CrossCompiler)

@@ -854,7 +854,10 @@ def _reproduce(records: RunRecords) -> Json:
         path = str(records.folder / "engines" / chosen.name)
         engine = shlex.quote(path)
         commands.append(("Check the engine's files and its reference sample", f"nascompile verify {engine}"))
-        commands.append(("Run the engine with the runtime and NumPy alone", f"python {engine}/run.py"))
+        if (Path(path) / "run.py").is_file():
+            commands.append(("Run the engine with the runtime and NumPy alone", f"python {engine}/run.py"))
+        if (Path(path) / "Makefile").is_file():
+            commands.append(("Its reference sample in QEMU: outputs, instructions per operator, memory", f"make -C {engine} run"))
         commands.append(("Use it from Python", f"import nascompile; nascompile.load({path!r}).predict(samples)"))
     commands.append(("This report again", f"nascompile report --out {folder}"))
     recipe = {key: value for key, value in records.recipe.items() if key not in ("command", "note", "name")}

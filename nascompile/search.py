@@ -393,7 +393,8 @@ def _standing(scored: Sequence[Evaluation], matrix: np.ndarray[Any, Any], new: i
     if new < len(scored):
         volume += f" ({100 * growth(matrix, len(scored) - new):+.1f} % by the last batch)"
     labels = [label(pricing.target) for pricing in aim.pricings]
-    latencies = [f"ms on {name}" for name in labels] if len(labels) > 1 else ["ms"]
+    units = ["modelled ms" if getattr(pricing, "chip", None) else "ms" for pricing in aim.pricings]
+    latencies = [f"{unit} on {name}" for unit, name in zip(units, labels, strict=True)] if len(labels) > 1 else units
     rows = []
     for e in front:
         ms = [f"{latency.value:.3g}" for latency in (e.latency, *(there.latency for there in e.elsewhere))]

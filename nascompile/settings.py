@@ -349,8 +349,8 @@ def check(recipe: Recipe) -> Recipe:
 
 
 def _limited(device: str) -> bool:
-    """Whether a device has limits of its own, which bound a search without being asked for."""
-    return device in targets.names() and targets.load_profile(device).flash_bytes > 0
+    """Whether a device has limits of its own, which bound a search without being asked for; one that nobody knows has its own error."""
+    return device not in targets.names() or targets.load_profile(device).flash_bytes > 0
 
 
 LEARNING = ("ehvi", "linas-table", "mip")

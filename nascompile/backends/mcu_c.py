@@ -31,6 +31,8 @@ class McuC:
     devices = ("qemu_m7", "serial_m7")
     run_script = ""
     """An engine is a C project with a Makefile."""
+    products = project.PRODUCTS
+    """What its Makefile may leave behind."""
 
     def unavailable(self) -> str:
         """Needs the cross-compiler, QEMU, a compiler for this computer, and make."""

@@ -78,6 +78,8 @@ def _timed(job: Job) -> Quantity:
     settings = serial_line.Settings.of(job.runner.settings)
     sample = job.runner.quantized(job.inputs)[:1]
     found = serial_line.run(Path(job.runner.folder), settings, np.repeat(sample, RUNS, axis=0))
+    if (job.runner.scores(found) != next(iter(job.runner.run(job.inputs).values()))[:1]).any():
+        raise UnsupportedError(f"{job.name} gives other outputs on the board than on this computer")
     counts, clock = found.counts.sum(axis=1, dtype=np.uint64), float(job.runner.board.clock_mhz)
     if found.unit == "cycles":
         return quantity([int(count) / (clock * 1e6) for count in counts], "measured")

@@ -20,6 +20,8 @@ from nascompile.records import Record
 
 HERE = Path(__file__).parent
 INPUT, OUTPUT, REPORT = "sample_input.bin", "sample_output.bin", "report.json"
+PRODUCTS = ("build", "firmware_host", "firmware_uart.elf", "firmware_uart.elf.map", "firmware_board.elf", "firmware_board.elf.map")
+"""What make leaves in a project, besides what an engine has."""
 SMALLER = "fewer tokens (smaller image, larger patch) save most, then width, then what the MLPs hold"
 
 

@@ -30,7 +30,7 @@ class McuRunner:
         self._counted: dict[bytes, toolchain.Run] = {}
         # an engine's folder holds what was hashed and nothing else, so this computer's build is made elsewhere
         self._built = tempfile.TemporaryDirectory(prefix="nascompile-mcu-")
-        shutil.copytree(folder, self._built.name, dirs_exist_ok=True)
+        shutil.copytree(folder, self._built.name, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*project.PRODUCTS))
         toolchain.make(Path(self._built.name), "firmware_host")
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

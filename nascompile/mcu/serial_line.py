@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from nascompile.errors import UnsupportedError
 from nascompile.mcu import toolchain
+from nascompile.mcu.project import PRODUCTS
 
 WORD = b"nascompile\n"
 EMULATED = "firmware_uart.elf"
@@ -59,7 +60,7 @@ def run(folder: Path, settings: Settings, samples: npt.NDArray[np.int8]) -> tool
     """Build, flash, and what the board said about the samples (n, …); UnsupportedError where it does not answer."""
     with tempfile.TemporaryDirectory(prefix="nascompile-board-") as scratch:
         project = Path(scratch) / "project"
-        shutil.copytree(folder, project)  # an engine's folder stays as it was hashed
+        shutil.copytree(folder, project, ignore=shutil.ignore_patterns(*PRODUCTS))  # an engine's folder stays as it was hashed
         toolchain.make(project, *shlex.split(settings.make))
         flash(project, settings)
         return talk(settings.port, settings.baud, samples)

@@ -189,6 +189,34 @@ def test_make_run_prints_outputs_counts_and_memory(tmp_path, written):
     assert hosted.split() == said.split("operator")[0].split()
 
 
+def test_sanitizers_are_not_left_out_where_the_host_build_is_there_already(tmp_path, written):
+    written(transformer.build("odd", ODD, transformer.RandomNumbers(1), "blocks"), board_of("stm32f746"))
+    plain = toolchain.make(tmp_path, "host")
+    before = (tmp_path / "firmware_host").read_bytes()
+    assert toolchain.make(tmp_path, "host", "SANITIZE=-fsanitize=undefined") == plain
+    checked = (tmp_path / "firmware_host").read_bytes()
+    assert b"ubsan" not in before
+    assert b"ubsan" in checked
+    built = (tmp_path / "firmware_host").stat().st_mtime_ns
+    toolchain.make(tmp_path, "host", "SANITIZE=-fsanitize=undefined")
+    assert (tmp_path / "firmware_host").stat().st_mtime_ns == built, "nothing is built twice"
+
+
+def test_what_is_cleaned_can_be_made_again(tmp_path, written):
+    written(transformer.build("odd", ODD, transformer.RandomNumbers(1), "blocks"), board_of("stm32f746"))
+    files = {path for path in tmp_path.rglob("*") if path.is_file() and "build" not in path.parts}
+    toolchain.make(tmp_path, "firmware.bin", "firmware_host")
+    toolchain.make(tmp_path, "clean")
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == files, "the sample is no product"
+
+
+def test_a_board_has_to_be_named(tmp_path, written):
+    written(transformer.build("odd", ODD, transformer.RandomNumbers(1), "blocks"), board_of("stm32f746"))
+    with pytest.raises(UnsupportedError) as caught:
+        toolchain.make(tmp_path, "firmware_board.elf")
+    assert "which board? make firmware_board.elf BOARD=my_board.c" in caught.value.detail
+
+
 def test_counters_count_every_instruction(tmp_path, written):
     """Nops that are added to an operator come out one by one, and nowhere else."""
     board = board_of("stm32f746")
@@ -389,6 +417,15 @@ def test_its_folder_is_verified_file_by_file(engine, tmp_path):
     assert {"kernels/linear.c", "model.c", "firmware.elf"} <= {check.name for check in engines.verify(tmp_path / "e")}
     found = engines.load(tmp_path / "e").run({"pixel_values": x})["logits"]
     np.testing.assert_array_equal(found, engines.read_sample(tmp_path / "e")[1]["logits"])
+    toolchain.make(tmp_path / "e", "run", "host", "firmware_uart.elf")
+    (tmp_path / "e" / "firmware_host").write_text("#!/bin/sh\nexit 3\n")
+    assert engines.verify(tmp_path / "e"), "what make leaves behind is neither a fault nor what is run"
+    (tmp_path / "e" / "kernels" / "build").mkdir()
+    (tmp_path / "e" / "kernels" / "build" / "linear.c").write_text("")
+    with pytest.raises(RecordError) as caught:
+        engines.verify(tmp_path / "e")
+    assert caught.value.detail == "unknown file: kernels/build/linear.c"
+    shutil.rmtree(tmp_path / "e" / "kernels" / "build")
     with (tmp_path / "e" / "kernels" / "linear.c").open("a") as file:
         file.write("/* changed */")
     with pytest.raises(RecordError, match="not as it was built") as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -13,11 +14,25 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 from typer.testing import CliRunner
 
-from nascompile import beside, cli, engine, journal, pipeline, table_view, worker
+from nascompile import beside, cli, engine, journal, pipeline, space as spaces, table_view, worker
 from nascompile.data import DataSettings
 from nascompile.errors import BudgetError, UnsupportedError
-from nascompile.mcu import project
-from nascompile.records import Choice, Correction, EngineManifest, Evaluation, Front, LatencyTable, Measurement, Score, TestResult, load
+from nascompile.mcu import project, serial_line, toolchain
+from nascompile.mcu.board import CORES
+from nascompile.progress import Silent
+from nascompile.records import (
+    Choice,
+    Correction,
+    EngineManifest,
+    Evaluation,
+    Front,
+    LatencyTable,
+    Measurement,
+    Score,
+    TestResult,
+    load,
+    save,
+)
 from nascompile.settings import Budgets, FinetuneSettings, MeasureSettings, Recipe, SearchSettings, check
 
 PROFILE = """kind = "qemu_m7"
@@ -68,13 +83,20 @@ def prepare() -> None:
         Path(f"profiles/{name}.toml").write_text(PROFILE.format(ram=ram, flash=flash))
 
 
+class Told(Silent):
+    """Keeps what the search said of its front, in the working folder."""
+
+    def standing(self, found):
+        Path("standing").write_text(found.headline + " " + ", ".join(found.columns))
+
+
 @pytest.fixture(scope="module")
 def finished(into, tmp_path_factory, mcu_tools):
     """The working folder of a whole run."""
     with pytest.MonkeyPatch.context() as patch:
         folder = into(tmp_path_factory.mktemp("mcu"), patch)
         prepare()
-        pipeline.run(recipe(), Path("run"))
+        pipeline.run(recipe(), Path("run"), progress=Told())
         return folder
 
 
@@ -128,6 +150,7 @@ def test_accuracy_is_of_the_engines_bytes_and_the_baseline_of_floats(run):
     agreement = json.loads((run / "agreement.json").read_bytes())
     assert agreement["mean_absolute_points"] <= 5
     assert " modelled" in choice.reason
+    assert Path("standing").read_text().endswith(" on the front modelled ms, accuracy, MB")
 
 
 def test_the_report_says_what_is_counted_and_what_is_modelled(run):
@@ -148,6 +171,9 @@ def test_the_report_says_what_is_counted_and_what_is_modelled(run):
         assert "no engine can be made" in page or "there is no engine" in page
     done = CliRunner().invoke(cli.app, ["report", "--out", str(run)])
     assert done.exit_code == 0, done.output
+    ways = {c["command"] for c in facts["reproduce"]["commands"]}
+    assert f"make -C {run}/engines/candidate-1 run" in ways
+    assert not any("run.py" in way for way in ways), "a C project has none"
     assert {"instructions,", "counted", "modelled", "RAM", "flash", "stack"} <= set(done.stdout.split())
     assert "Milliseconds are modelled" in " ".join(done.stdout.split())
 
@@ -188,7 +214,58 @@ def test_one_more_of_the_front(run):
         beside.check_passes(folder)
 
 
+def test_a_candidate_on_a_board(run, monkeypatch):
+    """Built, then sent to the board by the profile's settings; QEMU stands for the board."""
+    lines, said = [], []
+
+    def board(folder, settings, samples):
+        lines.append(settings)
+        return toolchain.run_emulated(folder, CORES["cortex-m7"], samples)
+
+    class Noted(Silent):
+        def note(self, text):
+            said.append(text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(serial_line, "run", board)
+        patch.setattr(toolchain, "UNITS", ("", "cycles", "cycles"))
+        profile = PROFILE.format(ram=RAM, flash=FLASH).replace("qemu_m7", "serial_m7")
+        Path("profiles/board.toml").write_text(f'{profile}[session]\nport = "/dev/no"\nmake = "firmware_board.elf BOARD=b.c"\n')
+        folder = beside.build_candidate(run, 1, Noted(), device="board")
+        beside.build_candidate(run, 1, Noted(), device="board")
+    count = load(folder / "manifest.json", EngineManifest).chip.instructions
+    assert lines == [serial_line.Settings("/dev/no", "", "firmware_board.elf BOARD=b.c")] * 2, "a board is asked each time"
+    [first, again] = [text for text in said if text.startswith("board: ")]
+    assert first == again == f"board: {count / 1e5:.4g} ms measured, 5 calls; outputs as on this computer"
+
+
 # ---------------------------------------------------------------------------------------------- what cannot be
+
+
+def test_what_does_not_fit_another_board_names_those_that_do(run, tmp_path):
+    """A front of the smallest and the largest network, for a board that has room for one of them."""
+    front = load(run / "front.json", Front)
+    ends = [spaces.smallest(front.space), spaces.largest(front.space), spaces.smallest(front.space)]
+    shutil.copytree(run, tmp_path / "run")
+    two = msgspec.structs.replace(front, evaluations=tuple(msgspec.structs.replace(front.evaluations[0], candidate=c) for c in ends))
+    save(two, tmp_path / "run" / "front.json")
+    Path("profiles/smaller.toml").write_text(PROFILE.format(ram=5184, flash=FLASH))
+    try:
+        with pytest.raises(BudgetError, match="the peak is at `layers") as caught:
+            beside.build_candidate(tmp_path / "run", 2, device="smaller")
+        assert caught.value.hint == "of this front 1, 3 would fit: --candidate 3"
+        assert beside.build_candidate(tmp_path / "run", 3, device="smaller").name == "front-3-smaller"
+    finally:
+        Path("profiles/smaller.toml").unlink()
+    with pytest.raises(BudgetError) as caught:
+        beside.build_candidate(tmp_path / "run", 1, device="tiniest")
+    assert caught.value.hint == "none of this front fits: search with --device tiniest"
+
+
+def test_a_device_without_limits_needs_no_budget_to_be_built_for(run):
+    done = CliRunner().invoke(cli.app, ["build", "--out", str(run), "--candidate", "1", "--device", "cpu", "-q"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.split() == [str(run / "engines" / "front-1-cpu")]
 
 
 def test_nothing_fits(run):

@@ -84,6 +84,22 @@ def test_the_device_times_what_the_board_counts(built, settings):
     assert latency.value == pytest.approx(emulated.value, rel=1e-3)
 
 
+def test_a_board_that_computes_something_else_is_refused(built, monkeypatch):
+    folder, graphs, target, _ = built
+    session = tuple(sorted((dict(target.session) | {"port": "/dev/no", "make": "firmware_uart.elf"}).items()))
+    runner = plugins.get("backends", "mcu_c").load(folder, graphs, msgspec.structs.replace(target, session=session))
+
+    def wrong(folder, settings, samples):
+        found = toolchain.run_emulated(folder, CORES["cortex-m7"], samples)
+        found.outputs[0, 0] ^= 1
+        return found
+
+    monkeypatch.setattr(serial_line, "run", wrong)
+    device = plugins.get("devices", "serial_m7")
+    with pytest.raises(UnsupportedError, match="engine gives other outputs on the board than on this computer"):
+        device.time([Job("engine", runner, {"pixel_values": np.zeros((1, 3, 16, 16), np.float32)})], seconds=0, seed=0)
+
+
 class Board(threading.Thread):
     """The firmware's end of a line, as a test wants it: answers the first knock with `says`, then takes what comes."""
 

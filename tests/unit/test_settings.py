@@ -187,6 +187,7 @@ def test_unknown_precisions_are_refused_and_the_known_are_named():
 
 def test_a_microcontroller_bounds_what_nobody_bounded():
     assert settings.check(settings.Recipe(device="stm32f746")).budgets == settings.Budgets()
+    assert settings.check(settings.Recipe(device="toaster")), "that there is no such device is said where it is looked for"
     with pytest.raises(RecipeError) as caught:
         settings.check(settings.Recipe(device="cpu"))
     assert "no budget" in caught.value.detail
