@@ -59,7 +59,7 @@ def test_a_run_goes_on_from_what_it_stores(tool, tmp_path, capsys):
     store(source / "train.parquet", 120, 0)
     store(source / "validation.parquet", 40, 1)
     given = ["--out", str(out), "--data", f"tiles={source}", "--device", "cpu", "--batch", "16", "--epochs", "2", "2", "--aware", "0.5"]
-    tool.main([*given, "--sizes", json.dumps(SIZES), "--one", "tiles:16", "--until", str(time.time() + 600)])
+    tool.main([*given, "--sizes", json.dumps({"": SIZES}), "--one", "tiles:16", "--until", str(time.time() + 600)])
     found = json.loads((out / "tiles-16.result.json").read_text())
     rows = {(row["weights"], row["network"]): row["accuracy"] for row in found["networks"]}
     assert len(rows) == 2 + 1 + tool.RANDOM
@@ -72,9 +72,7 @@ def test_a_run_goes_on_from_what_it_stores(tool, tmp_path, capsys):
             tar.extractall(folder, filter="data")
     store(source / "test.parquet", 20, 2)
     files = {name: str(source / f"{split}.parquet") for name, split in (("data", "train"), ("validation", "validation"), ("test", "test"))}
-    recipe = Recipe(
-        model=str(tmp_path / "teacher"), data=DataSettings(**files), device="stm32f746", budgets=Budgets(max_drop=2.0)
-    )
+    recipe = Recipe(model=str(tmp_path / "teacher"), data=DataSettings(**files), device="stm32f746", budgets=Budgets(max_drop=2.0))
     pipeline.run(recipe, run, until="data")
     context = pipeline.Context(recipe, run, Silent(), pipeline.Given())
     trained = load(run / "supernet" / "manifest.json", SearchSpace)
@@ -86,6 +84,22 @@ def test_a_run_goes_on_from_what_it_stores(tool, tmp_path, capsys):
     assert (run / "supernet" / "model.safetensors").stat() == before, "it is there: nothing is trained"
 
 
+def test_steps_are_timed(tool, tmp_path, capsys):
+    store(tmp_path / "train.parquet", 60, 0)
+    store(tmp_path / "validation.parquet", 20, 1)
+    out = tmp_path / "out"
+    given = ["--out", str(out), "--data", f"tiles={tmp_path}", "--device", "cpu", "--batch", "8", "--pace", "--tasks", "tiles:16:own"]
+    tool.main([*given, "--sizes", json.dumps({"own": SIZES}), "--one", "tiles:16:own", "--until", "0"])
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 4 * 3
+    assert all("tiles-16-own:" in line for line in said)
+    assert said[1].endswith("ms a step of plain")
+    assert not list(out.iterdir()), "nothing is trained"
+    with pytest.raises(SystemExit, match="no sizes own; --sizes has other"):
+        tool.main([*given, "--sizes", json.dumps({"other": SIZES})])
+
+
 def test_minutes_become_epochs(tool):
     assert tool.Task.parse("fashion:64") == tool.Task("fashion-64", "fashion", 64, "")
+    assert tool.Task.parse("tiles:32:small") == tool.Task("tiles-32-small", "tiles", 32, "small")
     assert [tool._epochs(count) for count in (0.2, 17.9, 1e9)] == [1, 17, tool.MOST_EPOCHS]

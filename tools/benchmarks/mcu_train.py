@@ -39,7 +39,7 @@ TEACHER_SHARE = 0.25
 """Of the time for training."""
 RESERVE = 20.0
 """Seconds at the end for scores and files."""
-WARM, TIMED = 6, 8
+WARM, TIMED = 6, 12
 """Steps before the timed ones, in which graphs are captured, and those."""
 SLOWER, AWARE_FACTOR = 1.05, 2.5
 """A step with its update is so much slower than its passes, and one that is quantization-aware than another."""
@@ -81,6 +81,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--aware", type=float, default=0.1, help="share of the super-network's epochs that are quantization-aware")
     parser.add_argument("--epochs", type=int, nargs=2, metavar=("TEACHER", "SUPERNET"), help="instead of what fits the minutes")
     parser.add_argument("--sizes", type=json.loads, default={}, help="JSON: name of sizes, or none ▸ entries of the configuration")
+    parser.add_argument("--pace", action="store_true", help="print what steps take with CUDA graphs and without, and stop")
     parser.add_argument("--gpus", type=int, default=1, help="tasks take turns at them")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
@@ -91,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     asked = options().parse_args(given)
     folders = dict(pair.split("=", 1) for pair in asked.data)
+    if unknown := {task.sizes for task in map(Task.parse, asked.tasks)} - {"", *asked.sizes}:
+        raise SystemExit(f"error: no sizes {', '.join(sorted(unknown))}; --sizes has {', '.join(asked.sizes) or 'none'}")
     asked.out.mkdir(parents=True, exist_ok=True)
     work = asked.work or asked.out.with_name(f"{asked.out.name}-work")
     if asked.one:
@@ -105,6 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for i, task in enumerate(asked.tasks)
     }
     failed = [task for task, process in running.items() if process.wait()]
+    if asked.pace:
+        return 1 if failed else 0
     found = [json.loads(path.read_text()) for path in sorted(asked.out.glob("*.result.json"))]
     (asked.out / "results.json").write_text(json.dumps({"tasks": found, "failed": failed}, indent=1) + "\n")
     for path in asked.out.glob("*.result.json"):
@@ -170,6 +175,9 @@ class Training:
             ),
             seed=asked.seed, out=self.folder,
         )  # fmt: skip
+        if asked.pace:
+            self._compare(plan)
+            return
         plan = self._timed(plan)
         print(f"{self.task.name}: {plan.settings.teacher_epochs} and {plan.settings.epochs} epochs", flush=True)
         space = finetune.finetune(plan, _Lines(self.task.name))
@@ -197,6 +205,18 @@ class Training:
         return dataclasses.replace(
             plan, settings=settings, teacher_deadline=now + 1.2 * TEACHER_SHARE * left, deadline=now + self.asked.until - time.time()
         )
+
+    def _compare(self, plan: Any) -> None:
+        """Steps with captured passes and with launched ones."""
+        import dataclasses
+
+        import msgspec
+
+        for graphs in (True, False, True, False):
+            settings = msgspec.structs.replace(plan.settings, cuda_graphs=graphs and self.asked.device == "cuda")
+            print(f"{self.task.name}: passes {'captured' if settings.cuda_graphs else 'launched'}:", flush=True)
+            for name in ("plain", self.asked.recipe):
+                self._pace(dataclasses.replace(plan, settings=settings), name)
 
     def _pace(self, plan: Any, recipe_name: str) -> float:
         """Seconds of a training step, its update apart."""
