@@ -44,8 +44,8 @@ from nascompile.supernet import (
 
 CHECKPOINT_SECONDS = 20.0
 EVALUATION_BATCH = 64
-ACCELERATED_BATCH = 1024
-"""Of images on an accelerator."""
+ACCELERATED_BATCH, ACCELERATED_BYTES = 1024, 16 << 20
+"""On an accelerator batches of small images may be as large."""
 BUCKET = 32
 """Batches whose texts are sorted by length together."""
 IMPORTANCE_SAMPLES = 512
@@ -562,8 +562,7 @@ def _validate(job: Job, net: Supernet, accelerator: Any, aware: TrainingQuantize
     outputs: list[list[np.ndarray[Any, Any]]] = [[] for _ in subnets]
     net.eval()
     order = by_length(job.validation, np.arange(min(len(job.validation), EARLY_STOPPING_SAMPLES)))
-    images = job.validation.preprocessor.settings.modality == "image"
-    size = ACCELERATED_BATCH if images and accelerator.device.type != "cpu" else EVALUATION_BATCH
+    size = _evaluation_batch(job.validation, accelerator.device)
     for start in range(0, len(order), size):
         inputs, _ = load_batch(job.validation, order[start : start + size], accelerator.device)
         for row, subnet in zip(outputs, subnets, strict=True):
@@ -571,6 +570,13 @@ def _validate(job: Job, net: Supernet, accelerator: Any, aware: TrainingQuantize
     truth = job.validation.labels[order]
     sign = 1 if task.direction(job.metric) == "maximize" else -1
     return _agreed(accelerator, float(np.mean([sign * task.score(job.metric, np.concatenate(row), truth)[0] for row in outputs])))
+
+
+def _evaluation_batch(split: Split, device: Any) -> int:
+    if device.type == "cpu" or split.preprocessor.settings.modality != "image":
+        return EVALUATION_BATCH
+    [images] = split.inputs.values()
+    return max(EVALUATION_BATCH, min(ACCELERATED_BATCH, ACCELERATED_BYTES // (4 * int(np.prod(images.shape[1:])))))
 
 
 def _weights_digest(net: Supernet) -> str:

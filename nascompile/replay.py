@@ -12,8 +12,8 @@ from torch.func import functional_call
 from nascompile.supernet import Subnet, Supernet
 
 RECURRING, TIMES = 32, 64
-"""Steps whose draws recur one after the other, and how often they do before others are drawn. A capture takes as long as a pass whose
-kernels are launched one by one, and a replay a fifth to a tenth of that."""
+"""Steps whose draws recur one after the other, and how often they do before others are drawn: a capture takes longer than a pass whose
+kernels are launched one by one."""
 
 Key = tuple[Any, ...]
 

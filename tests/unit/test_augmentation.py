@@ -98,6 +98,10 @@ def test_images_on_an_accelerator_are_those_of_the_split():
     torch.testing.assert_close(inputs["pixel_values"], want["pixel_values"], rtol=0, atol=1e-6)
     assert torch.equal(labels, classes)
     assert finetune.Resident.of(part, torch.device("cpu")) is None
+    assert finetune._evaluation_batch(part, torch.device("cpu")) == finetune.EVALUATION_BATCH
+    assert finetune._evaluation_batch(part, torch.device("cuda")) == finetune.ACCELERATED_BATCH
+    large = replace(part, inputs={"pixel_values": np.zeros((2, 3, 224, 224), np.uint8)})
+    assert finetune._evaluation_batch(large, torch.device("cuda")) == finetune.EVALUATION_BATCH
     assert finetune.Resident.of(split(20, 1), torch.device("cuda")) is None, "vectors are small"
 
 
