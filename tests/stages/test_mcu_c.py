@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -282,6 +283,16 @@ def test_the_firmware_of_a_board_lies_where_its_memory_is(tmp_path, written, dev
     found = {line.split()[0]: int(line.split()[2]) for line in text.splitlines() if line.startswith(".")}
     assert {name: found[name] & 0xFF000000 for name in places} == places
     assert found[".vectors"] == 0x08000000
+
+
+def test_the_board_of_the_documentation_compiles(tmp_path, written):
+    written(transformer.build("odd", ODD, transformer.RandomNumbers(1), "blocks"), board_of("stm32f746"))
+    text = (Path(__file__).parents[2] / "docs" / "microcontroller.md").read_text("utf-8")
+    (tmp_path / "mine.c").write_text(text.split("```c\n")[1].split("```")[0])
+    toolchain.make(tmp_path, "firmware_board.elf", "BOARD=mine.c")
+    command = ["arm-none-eabi-nm", tmp_path / "firmware_board.elf"]
+    symbols = {line.split()[2] for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()}
+    assert {"board_start", "board_send", "board_receive", "board_counter", "board_restart_counter"} <= symbols
 
 
 @pytest.mark.parametrize(("what", "pattern"), [("ram", "region `RAM' overflowed by"), ("flash", "region `FLASH' overflowed by")])
