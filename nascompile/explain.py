@@ -20,7 +20,7 @@ from nascompile.progress import Progress
 from nascompile.records import Candidate, Evaluation, Explanation, Front, GeneImportance, SearchSpace, Thinning, digest
 from nascompile.scoring import gain, worst
 from nascompile.searchers.encoding import Encoding
-from nascompile.targets import label
+from nascompile.targets import label, time_unit
 
 Array = npt.NDArray[Any]
 Latencies = Callable[[Candidate], tuple[float, ...]]
@@ -57,7 +57,7 @@ def explain(
     return Explanation(
         front_digest=digest(front), metric=scored[0].score.metric, model=best, r2=model.r2, scored=len(scored),
         others=tuple((name, judged.r2) for name, judged in models.items() if name != best), trust=trust(model.r2),
-        targets=tuple(label(t) for t in (front.target, *front.also)), base=base, genes=tuple(
+        targets=tuple(label(t) for t in (front.target, *front.also)), unit=time_unit(front.target), base=base, genes=tuple(
             GeneImportance(gene=slot, points=float(p), ms=tuple(float(column[i]) for column in milliseconds))
             for i, (slot, p) in enumerate(zip(genome.slots, points, strict=True))
         ),
@@ -277,7 +277,7 @@ def _thinning(
 def lines(found: Explanation) -> list[str]:
     """The explanation as text."""
     names = found.targets if len(found.targets) > 1 else ("",)
-    on = [f"ms on {name}" if name else "ms" for name in names]
+    on = [f"{found.unit} on {name}" if name else found.unit for name in names]
     text = [headline(found), "", f"Genes, by what {found.metric} varies with them (root mean square; latency is the table's, exactly):"]
     genes = sorted(found.genes, key=lambda g: (-g.points, -sum(g.ms), g.gene))
     text += _aligned(("points", *on, "gene"), [(f"{g.points:.3f}", *(f"{ms:.3f}" for ms in g.ms), g.gene) for g in genes])

@@ -484,6 +484,8 @@ class Explanation(Record, frozen=True):
     """Whose layers are thinned."""
     genes: tuple[GeneImportance, ...]
     layers: tuple[Thinning, ...]
+    unit: str = "ms"
+    """Of latencies; `modelled ms` of a microcontroller that is emulated."""
 
 
 class Variant(Record, frozen=True):

@@ -800,7 +800,7 @@ def _explain(found: Explanation) -> Json:
     layers = sorted(found.layers, key=lambda t: (t.layer < 0, t.layer, -math.fsum(t.ms)))
     return {
         "metric": found.metric, "model": found.model, "r2": found.r2, "others": [list(pair) for pair in found.others],
-        "trust": found.trust, "scored": found.scored, "targets": names, "base": _candidate(found.base),
+        "trust": found.trust, "scored": found.scored, "targets": names, "unit": found.unit, "base": _candidate(found.base),
         "genes": msgspec.to_builtins(genes),
         "layers": [
             msgspec.to_builtins(t) | {"title": f"Layer {t.layer + 1}" if t.layer >= 0 else "Fewer layers"} for t in layers

@@ -42,7 +42,7 @@ from nascompile.searchers import Price, Problem
 from nascompile.searchers.evolution import Evolving
 from nascompile.settings import SearchSettings
 from nascompile.stopping import Stopping, gain as growth, reference
-from nascompile.targets import label
+from nascompile.targets import label, time_unit
 from nascompile.worker import Job
 from nascompile.workers import Executor, Inline
 
@@ -393,7 +393,7 @@ def _standing(scored: Sequence[Evaluation], matrix: np.ndarray[Any, Any], new: i
     if new < len(scored):
         volume += f" ({100 * growth(matrix, len(scored) - new):+.1f} % by the last batch)"
     labels = [label(pricing.target) for pricing in aim.pricings]
-    units = ["modelled ms" if getattr(pricing, "chip", None) else "ms" for pricing in aim.pricings]
+    units = [time_unit(pricing.target) for pricing in aim.pricings]
     latencies = [f"{unit} on {name}" for unit, name in zip(units, labels, strict=True)] if len(labels) > 1 else units
     rows = []
     for e in front:

@@ -153,9 +153,12 @@ def make(
         raise UnsupportedError(f"`{device}` is not here, so none of its backends can be chosen by measuring", hint="name a --backend")
     chosen = runnable(device, profiles)[0] if backend == AUTO else backend or profile.backends[0]
     if chosen not in profile.backends:
-        raise UnsupportedError(f"`{device}` has no backend named {chosen}", hint=f"its backends: {', '.join(profile.backends)}; or {AUTO}")
+        others = "" if profile.core else f"; or {AUTO}"
+        raise UnsupportedError(f"`{device}` has no backend named {chosen}", hint=f"its backends: {', '.join(profile.backends)}{others}")
     if threads < 0:
         raise RecipeError(f"threads must be at least 1: {threads}", hint="leave it out for the device's default")
+    if threads > 1 and profile.core:
+        raise RecipeError(f"`{device}` has one core, so there are no {threads} threads", hint="leave --threads out")
     own = {"compute_capability": profile.compute_capability} if profile.compute_capability else {}
     own |= _board(device, profile) if profile.core else {}
     settings = dict(plugins.get("backends", chosen).session()) | own | profile.session | dict(session or {})
@@ -175,6 +178,11 @@ def _board(device: str, profile: DeviceProfile) -> dict[str, str]:
         said = f"ram_bytes {profile.ram_bytes}, flash_bytes {profile.flash_bytes}"
         raise RecipeError(f"the profile of `{device}` contradicts itself: {said}, but its memories have {ram} and {flash}")
     return {"core": profile.core, "clock_mhz": f"{profile.clock_mhz:g}", "ram": ",".join(profile.ram), "flash": profile.flash}
+
+
+def time_unit(target: Target) -> str:
+    """Of its milliseconds: those of a microcontroller that is emulated follow from a model."""
+    return "modelled ms" if "core" in dict(target.session) else "ms"
 
 
 def runnable(device: str, profiles: Path | None = None) -> tuple[str, ...]:

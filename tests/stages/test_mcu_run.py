@@ -14,9 +14,9 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 from typer.testing import CliRunner
 
-from nascompile import beside, cli, engine, journal, pipeline, space as spaces, table_view, worker
+from nascompile import beside, cli, engine, journal, pipeline, space as spaces, table_view, targets, worker
 from nascompile.data import DataSettings
-from nascompile.errors import BudgetError, UnsupportedError
+from nascompile.errors import BudgetError, RecipeError, UnsupportedError
 from nascompile.mcu import project, serial_line, toolchain
 from nascompile.mcu.board import CORES
 from nascompile.progress import Silent
@@ -30,6 +30,7 @@ from nascompile.records import (
     Measurement,
     Score,
     TestResult,
+    Workload,
     load,
     save,
 )
@@ -283,6 +284,20 @@ def test_a_budget_that_nothing_keeps_names_the_nearest(run):
         context._search()
     assert "nearest: " in caught.value.detail
     assert caught.value.hint.startswith("raise `--latency-ms` to ")
+
+
+def test_one_core_and_one_backend(run):
+    with pytest.raises(RecipeError, match="`tiny` has one core, so there are no 2 threads"):
+        pipeline.run(msgspec.structs.replace(recipe(), threads=2), Path("refused"))
+    with pytest.raises(UnsupportedError, match="no backend named onnxruntime") as caught:
+        pipeline.run(msgspec.structs.replace(recipe(), backend="onnxruntime"), Path("refused"))
+    assert caught.value.hint == "its backends: mcu_c", "and not auto, which is refused"
+
+
+def test_milliseconds_of_an_explanation_are_modelled(run):
+    target = targets.make("tiny", "", Workload())
+    assert targets.time_unit(target) == "modelled ms"
+    assert targets.time_unit(targets.make("cpu", "", Workload())) == "ms"
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,8 @@ def test_it_is_a_record_that_comes_back_and_text_that_has_every_gene(found, tmp_
         found, targets=("a", "b"), genes=tuple(msgspec.structs.replace(g, ms=(g.ms[0], 1.0)) for g in found.genes), layers=()
     )
     assert "ms on b" in "\n".join(explain.lines(two))
+    modelled = "\n".join(explain.lines(msgspec.structs.replace(found, unit="modelled ms")))
+    assert modelled.count("modelled ms") == 2, "over both tables"
 
 
 # ---------------------------------------------------------------------------------------------- genes as numbers
