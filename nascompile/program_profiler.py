@@ -175,7 +175,7 @@ def profile(
 def canary(
     table: LatencyTable, family: Family, config: Any, space: SearchSpace, backend: Any, device: Device, folder: Path, seed: int,
 ) -> float:  # fmt: skip
-    """1: a few of the space's operators count what the table says, but for `SLACK` or `SLACK_SHARE`; TableError naming the first that does not."""
+    """1: a few of the space's operators count what the table says, within the slack; TableError naming the first that does not."""
     _check(device)
     latency_table.check_environment(table, device.environment(table.target, backend.versions()))
     folder.mkdir(parents=True, exist_ok=True)
