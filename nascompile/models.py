@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ from nascompile.errors import ModelError, UnsupportedError
 from nascompile.families import Family
 from nascompile.records import Target, digest, file_digest
 
+NEAR = 0.8
+"""How alike an unknown entry of a configuration and a known one are where the known one was meant; Hugging Face has others of its own."""
 HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "vocab.txt", "merges.txt", "*.model"]
 
 
@@ -50,6 +55,10 @@ def read_config(folder: Path) -> Any:
     kind = content.get("model_type", "")
     family = family_of(kind)
     if own := getattr(family, "config_class", None):
+        if faults := _misread(own, content):
+            raise ModelError(
+                f"config.json in {folder} cannot be meant so", detail="\n".join(faults), hint="docs/mcu_vit.md has its entries"
+            )
         config: Any = own.from_pretrained(folder)
     elif kind == "nascompile-toy":
         from nascompile.families.toy import ToyConfig
@@ -62,6 +71,24 @@ def read_config(folder: Path) -> Any:
     if reason := family.unsupported(config):
         raise ModelError(f"the {family.name} family cannot take {folder}: {reason}")
     return config
+
+
+def _misread(own: Any, content: Mapping[str, Any]) -> list[str]:
+    """What a configuration class of ours would take without a word: misspelled entries, and values of another kind than the defaults."""
+    wanted = {name: p.default for name, p in inspect.signature(own.__init__).parameters.items() if p.default is not p.empty}
+    kinds = {int: "a whole number", float: "a number", tuple: "a list of whole numbers"}
+    faults = []
+    for name, value in content.items():
+        if name in wanted:
+            kind = type(wanted[name])
+            items = value if isinstance(value, list) else [value]
+            whole = all(isinstance(item, int) and not isinstance(item, bool) for item in items)
+            fits = isinstance(value, int | float) if kind is float else whole and isinstance(value, list) == (kind is tuple)
+            if not fits:
+                faults.append(f"{name} = {json.dumps(value)}: {kinds[kind]} is needed")
+        elif near := difflib.get_close_matches(name, wanted, 1, NEAR):
+            faults.append(f"unknown entry {name}: did you mean {near[0]}?")
+    return faults
 
 
 def family_of(model_type: str) -> Family:

@@ -103,6 +103,37 @@ def test_an_architecture_no_family_handles_is_refused(config, says, tmp_path):
         assert "vit (" in caught.value.hint
 
 
+MCU = {"model_type": "mcu_vit", "image_size": 32, "hidden_size": 64, "num_hidden_layers": 3, "depths": [2, 3]}
+
+
+@pytest.mark.parametrize(
+    ("entries", "fault"),
+    [
+        ({"patchsizes": [8]}, "unknown entry patchsizes: did you mean patch_sizes?"),
+        ({"layer_norm_epsilon": 1e-6}, "unknown entry layer_norm_epsilon: did you mean layer_norm_eps?"),
+        ({"depths": "three"}, 'depths = "three": a list of whole numbers is needed'),
+        ({"depths": 3}, "depths = 3: a list of whole numbers is needed"),
+        ({"depths": [2.5, 3]}, "depths = [2.5, 3]: a list of whole numbers is needed"),
+        ({"hidden_size": [64]}, "hidden_size = [64]: a whole number is needed"),
+        ({"hidden_size": "64"}, 'hidden_size = "64": a whole number is needed'),
+        ({"layer_norm_eps": "small"}, 'layer_norm_eps = "small": a number is needed'),
+    ],
+)
+def test_a_description_that_would_be_misread_is_refused(tmp_path, entries, fault):
+    with pytest.raises(ModelError, match="cannot be meant so") as caught:
+        models.read_config(folder_with(tmp_path, MCU | entries))
+    assert caught.value.detail == fault
+    assert caught.value.hint
+
+
+def test_entries_that_hugging_face_adds_are_none_of_ours(tmp_path):
+    added = {"num_labels": 3, "architectures": ["X"], "transformers_version": "6", "dtype": "float32", "layer_norm_eps": 1, "problem": None}
+    assert models.read_config(folder_with(tmp_path, MCU | added)).depths == [2, 3]
+    saved = tmp_path / "saved"
+    models.read_config(folder_with(tmp_path, MCU)).save_pretrained(saved)
+    assert models.read_config(saved).hidden_size == 64
+
+
 # ---------------------------------------------------------------------------------------------- a hub on this machine
 
 
