@@ -47,9 +47,10 @@ TOGETHER = 64
 """Most blocks of one project."""
 CANARY_ROWS = 3
 """Rows that are counted again: a count that repeats needs no more."""
-SLACK, SLACK_SHARE = 16, 1e-4
-"""Instructions, or a share of them, by which a count may differ elsewhere in a program: the compiler loads numbers and addresses in one or
-two instructions, once or for every tile."""
+SLACK, SLACK_SHARE = 16, 1e-3
+"""Instructions, or a share of them, by which a count may differ elsewhere: the compiler loads numbers and addresses in one or two
+instructions, once or for every tile, and tokens are others where images have other channels, of which some take a few instructions more.
+The interval of a prediction is ten times as wide at least."""
 NUMBERS = 0
 """Seed of the micro-networks' numbers: the same for all tables, so that any profile of the same sources counts the same."""
 

@@ -92,7 +92,7 @@ def test_canary_and_what_it_is_for(made, tmp_path):
         rows = tuple(msgspec.structs.replace(r, latency=latency_table.rescaled(r.latency, factor)) for r in table.rows)
         return msgspec.structs.replace(table, rows=rows)
 
-    assert program_profiler.canary(scaled(1 + 0.9 * program_profiler.SLACK_SHARE), *arguments) == 1.0, "addresses in one instruction or two"
+    assert program_profiler.canary(scaled(1 + 0.9 * program_profiler.SLACK_SHARE), *arguments) == 1.0, "other tokens"
     with pytest.raises(TableError, match=r"a count does not repeat: .* in the latency table"):
         program_profiler.canary(scaled(1.01), *arguments)
     foreign = msgspec.structs.replace(table, environment=msgspec.structs.replace(table.environment, must_match=(("threads", 1),)))
