@@ -19,6 +19,7 @@ from PIL import Image
 
 from nascompile import finetune, models, pipeline
 from nascompile.data import DataSettings
+from nascompile.families import mcu_vit
 from nascompile.progress import Silent
 from nascompile.records import SearchSpace, load
 from nascompile.settings import Budgets, Recipe
@@ -52,6 +53,11 @@ def store(path: Path, samples: int, seed: int) -> None:
     pq.write_table(pa.table({"image": image, "label": [("dark", "light")[i % 2] for i in range(samples)]}), path)
 
 
+def stored_sizes(folder: Path, name: str) -> str:
+    (folder / "sizes.json").write_text(json.dumps({name: SIZES}))
+    return str(folder / "sizes.json")
+
+
 def test_a_run_goes_on_from_what_it_stores(tool, tmp_path, capsys):
     source, out = tmp_path / "tiles", tmp_path / "out"
     source.mkdir()
@@ -59,7 +65,7 @@ def test_a_run_goes_on_from_what_it_stores(tool, tmp_path, capsys):
     store(source / "train.parquet", 120, 0)
     store(source / "validation.parquet", 40, 1)
     given = ["--out", str(out), "--data", f"tiles={source}", "--device", "cpu", "--batch", "16", "--epochs", "2", "2", "--aware", "0.5"]
-    tool.main([*given, "--sizes", json.dumps({"": SIZES}), "--one", "tiles:16", "--until", str(time.time() + 600)])
+    tool.main([*given, "--sizes", stored_sizes(tmp_path, ""), "--one", "tiles:16", "--until", str(time.time() + 600)])
     found = json.loads((out / "tiles-16.result.json").read_text())
     rows = {(row["weights"], row["network"]): row["accuracy"] for row in found["networks"]}
     assert len(rows) == 2 + 1 + tool.RANDOM
@@ -89,14 +95,22 @@ def test_steps_are_timed(tool, tmp_path, capsys):
     store(tmp_path / "validation.parquet", 20, 1)
     out = tmp_path / "out"
     given = ["--out", str(out), "--data", f"tiles={tmp_path}", "--device", "cpu", "--batch", "8", "--pace", "--tasks", "tiles:16:own"]
-    tool.main([*given, "--sizes", json.dumps({"own": SIZES}), "--one", "tiles:16:own", "--until", "0"])
+    tool.main([*given, "--sizes", stored_sizes(tmp_path, "own"), "--one", "tiles:16:own", "--until", "0"])
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 4 * 3
     assert all("tiles-16-own:" in line for line in said)
     assert said[1].endswith("ms a step of plain")
     assert not list(out.iterdir()), "nothing is trained"
     with pytest.raises(SystemExit, match="no sizes own; --sizes has other"):
-        tool.main([*given, "--sizes", json.dumps({"other": SIZES})])
+        tool.main([*given, "--sizes", stored_sizes(tmp_path, "other")])
+
+
+def test_tasks_by_default_have_sizes_that_the_family_takes(tool):
+    sizes = json.loads(tool.SIZES.read_text())
+    for text in tool.options().get_default("tasks"):
+        task = tool.Task.parse(text)
+        config = mcu_vit.McuVitConfig(**{"image_size": task.side} | sizes[task.sizes])
+        assert mcu_vit.PLUGIN.unsupported(config) == ""
 
 
 def test_minutes_become_epochs(tool):

@@ -1,6 +1,6 @@
 """Train vision transformers for microcontrollers from random weights, on a GPU: a teacher and a super-network for each task.
 
-    python tools/benchmarks/mcu_train.py --out OUT --minutes 8 --tasks fashion:32 fashion:64 tiles:32 --data fashion=FOLDER tiles=FOLDER
+    python tools/benchmarks/mcu_train.py --out OUT --minutes 8 --gpus 2 --tasks fashion:32 fashion:32:small --data fashion=FOLDER
 
 A task is a data set of tools/make_image_data.py (a folder with train.parquet, validation.parquet and test.parquet), the largest side of
 the images that the network sees, and where it is not the family's own network the name of some of `--sizes`: fashion:32:small. test.parquet
@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 
+SIZES = Path(__file__).parent / "microcontroller" / "sizes.json"
 SPLITS = ("train", "validation", "test")
 TEACHER_SHARE = 0.25
 """Of the time for training."""
@@ -69,7 +70,9 @@ class Task:
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tasks", nargs="+", default=["fashion:32", "fashion:64", "tiles:32"], metavar="DATA:SIDE[:SIZES]")
+    parser.add_argument(
+        "--tasks", nargs="+", default=["fashion:32", "fashion:32:small", "tiles:32:tiles", "fashion:64:mid"], metavar="DATA:SIDE[:SIZES]"
+    )
     parser.add_argument("--data", nargs="+", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything, reading data included")
     parser.add_argument("--work", type=Path, help="where data and checkpoints are kept; default: a folder beside OUT")
@@ -80,7 +83,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate of the teacher; half of it for the super-network")
     parser.add_argument("--aware", type=float, default=0.1, help="share of the super-network's epochs that are quantization-aware")
     parser.add_argument("--epochs", type=int, nargs=2, metavar=("TEACHER", "SUPERNET"), help="instead of what fits the minutes")
-    parser.add_argument("--sizes", type=json.loads, default={}, help="JSON: name of sizes, or none ▸ entries of the configuration")
+    parser.add_argument("--sizes", type=Path, default=SIZES, help="JSON file: name of sizes, or none ▸ entries of the configuration")
     parser.add_argument("--pace", action="store_true", help="print what steps take with CUDA graphs and without, and stop")
     parser.add_argument("--gpus", type=int, default=1, help="tasks take turns at them")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -91,6 +94,7 @@ def options() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     asked = options().parse_args(given)
+    asked.sizes = json.loads(asked.sizes.read_text())
     folders = dict(pair.split("=", 1) for pair in asked.data)
     if unknown := {task.sizes for task in map(Task.parse, asked.tasks)} - {"", *asked.sizes}:
         raise SystemExit(f"error: no sizes {', '.join(sorted(unknown))}; --sizes has {', '.join(asked.sizes) or 'none'}")
