@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = options().parse_args(given)
     asked.sizes = json.loads(asked.sizes.read_text())
     folders = dict(pair.split("=", 1) for pair in asked.data)
-    if unknown := {task.sizes for task in map(Task.parse, asked.tasks)} - {"", *asked.sizes}:
+    if unknown := {task.sizes for task in map(Task.parse, [asked.one] if asked.one else asked.tasks)} - {"", *asked.sizes}:
         raise SystemExit(f"error: no sizes {', '.join(sorted(unknown))}; --sizes has {', '.join(asked.sizes) or 'none'}")
     asked.out.mkdir(parents=True, exist_ok=True)
     work = asked.work or asked.out.with_name(f"{asked.out.name}-work")
