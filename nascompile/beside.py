@@ -63,9 +63,10 @@ def build_candidate(
             if target := targets.find(text, (front.target, *front.also)):
                 return _build_searched(Context(recipe, out, progress or Silent(), Given()), e, target, number)
         if device or backend or precision != network.AS_SEARCHED:
+            profile = targets.load_profile(device or recipe.device)
             other = msgspec.structs.replace(
                 recipe, device=device or recipe.device, backend=backend or ("" if device else recipe.backend), also=(),
-                threads=wanted.threads or recipe.threads,
+                threads=wanted.threads or (0 if profile.core else recipe.threads),
             )  # fmt: skip
             threads = f"t{wanted.threads}" if wanted.threads else ""
             named = [name, other.device, backend, threads, "" if precision == network.AS_SEARCHED else precision]
@@ -77,7 +78,7 @@ def build_candidate(
             except BudgetError as error:
                 hint = _that_fit(context, front, precision)
                 raise BudgetError(error.message, detail=error.detail, hint=hint) from error
-            if context.device.name == "serial_m7":
+            if profile.kind == "serial_m7":
                 context.progress.note(_on_board(context, folder))
             return folder
         context = Context(recipe, out, progress or Silent(), Given())
