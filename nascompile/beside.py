@@ -121,14 +121,15 @@ def _build_searched(context: Context, e: Evaluation, target: Target, number: int
     """The engine of a front's candidate for one of the devices it was searched for, with its own precisions there."""
     if targets.label(target) == targets.label(context.target):
         folder = context.out / "engines" / f"front-{number}"
-        if not context.is_built_here(folder, "supernet", e.candidate):
-            context.make(context.parts, context.sources["supernet"], e.candidate, folder.name, "candidate", e.latency, folder)
+        source = context.trained(e.candidate)
+        if not context.is_built_here(folder, source, e.candidate):
+            context.make(context.parts, context.weights(source), e.candidate, folder.name, "candidate", e.latency, folder)
         return folder
     f = next(f for f in context.further if f.label == targets.label(target))
     if f.absent:
         raise UnsupportedError(f"cannot build for `{f.label}`: {f.absent}", hint="build on that device, from a copy of the run folder")
     folder = context.out / "engines" / f"front-{number}-{f.file}"
-    context.build_there(f, folder.name, "candidate", "supernet", e.candidate, folder)
+    context.build_there(f, folder.name, "candidate", context.trained(e.candidate), e.candidate, folder)
     return folder
 
 
@@ -182,7 +183,7 @@ def check_passes(engine: Path, progress: Progress | None = None) -> tuple[PassCh
         if manifest.space is None or manifest.candidate is None:
             raise RecordError(f"the engine does not say what it was built from: {engine}", hint="build it again")
         context.target, context.space = manifest.target, manifest.space
-        source = context.sources["supernet" if manifest.role == "candidate" else "baseline"]
+        source = context.source_of(manifest)
         source = replace(source, evaluator=source.evaluator.on(manifest.target.id))
         return build.check_passes(context.parts, source, manifest.candidate, engine.with_name(f"{engine.name}.graphs"))
 
@@ -216,10 +217,11 @@ def _build_elsewhere(context: Context, searched: Evaluation, folder: Path, preci
         raise UnsupportedError(f"what cannot run here cannot be chosen by measuring: {unrun}", hint="name a --backend")
     if unrun:  # nor can its session be tuned
         context.recipe = tuned(context.recipe, False)
+    weights = context.folder_of(context.trained(searched.candidate))
     context.space, point = network.retarget(
         context.family, context.config, context.space, searched.candidate, context.backend, context.target, precision
     )
-    evaluator = context.evaluator(context.out / "supernet", context.method)
+    evaluator = context.evaluator(weights, context.method)
     score = evaluator.score(point)
     context.progress.note(
         f"{context.metric} of the emulated network on validation: {score.value:.2f}, {searched.score.value:.2f} as it was searched"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +23,12 @@ from nascompile.data import Split, class_weights
 from nascompile.errors import RecipeError, RecordError
 from nascompile.families import Family
 from nascompile.families.encoder import quiet
+from nascompile.models import weights_digest
 from nascompile.processes import ALONE, Team
 from nascompile.progress import Progress, Silent
 from nascompile.quantization_aware import Quantized, TrainingQuantizer, first_ranges, quantizer
 from nascompile.recipes import Recipe, StepBatch, Terms
-from nascompile.records import Record, SearchSpace, digest, encode, load, save, write_atomic
+from nascompile.records import Candidate, Record, SearchSpace, digest, encode, load, save, write_atomic
 from nascompile.replay import Replayed, draw
 from nascompile.settings import FinetuneSettings
 from nascompile.supernet import (
@@ -43,6 +44,10 @@ from nascompile.supernet import (
 )
 
 CHECKPOINT_SECONDS = 20.0
+CANDIDATES = "candidates"
+"""Folder of a run with the weights of candidates that were trained on by themselves, a folder each."""
+BEGAN = "began.json"
+"""With what the training of a candidate by itself began."""
 EVALUATION_BATCH = 64
 ACCELERATED_BATCH, ACCELERATED_BYTES = 1024, 16 << 20
 """On an accelerator batches of small images may be as large."""
@@ -158,6 +163,39 @@ class Call(Record, frozen=True):
 
     training: str
     space: SearchSpace
+    point: Candidate | None = None
+    """Where it is that of one candidate by itself."""
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The recipe of a candidate that is trained on by itself, on the labels; the super-network's other weights get no gradients."""
+
+    point: Candidate
+    name = "alone"
+    distils = zeroed_residuals = False
+    elastic = True
+    random_subnets = 0
+
+    def passes(self, terms: Terms) -> int:
+        """One."""
+        return 1
+
+    def rate(self, left: float, epochs: float, terms: Terms) -> float:
+        """Linear decay to zero."""
+        return left
+
+    def losses(self, net: Any, space: SearchSpace, batch: StepBatch, rng: np.random.Generator, terms: Terms) -> Iterator[Any]:
+        yield terms.task.loss(net(batch.inputs, net.subnet(space, self.point)), batch.labels, terms.class_weights)
+
+
+class Began(Record, frozen=True):
+    """What the training of a candidate by itself depends on, besides its sizes."""
+
+    weights: str
+    """Digest of the super-network's."""
+    settings: str
+    seed: int
 
 
 def finetune(plan: Plan, progress: Progress) -> SearchSpace:
@@ -206,11 +244,43 @@ def _untrained(plan: Plan, teacher: Supernet, progress: Progress) -> tuple[Super
     return net.to("cpu"), space
 
 
+def train_candidate(plan: Plan, space: SearchSpace, point: Candidate, progress: Progress) -> Path:
+    """The folder `candidates/NAME`: the super-network's weights, of which those of one candidate were trained on; made once for them."""
+    point = architecture_of(point)
+    folder, name = plan.out / CANDIDATES / point.id, f"candidate-{point.id}"
+    began = Began(weights=weights_digest(plan.out / "supernet"), settings=digest(plan.settings), seed=plan.seed)
+    if folder.is_dir() and load(folder / BEGAN, Began) == began:
+        return folder
+    work = plan.out / "training" / name
+    if not (work / BEGAN).is_file() or load(work / BEGAN, Began) != began:  # what is there began otherwise
+        shutil.rmtree(work, ignore_errors=True)
+        save(began, _made(work) / BEGAN)
+    shutil.rmtree(folder, ignore_errors=True)
+    net = Supernet(plan.family, plan.family.load(str(plan.out / "supernet")))
+    log = _train(plan, name, net, space, progress, point)
+    _made(folder.parent)
+    store_model(net, folder, {BEGAN: began, "candidate.json": point, "training.json": log})
+    shutil.rmtree(work, ignore_errors=True)
+    before = "" if log.quantized_from is not None else f"{abs(log.validation[0][1]):.2f} to "  # which was not quantized
+    progress.note(f"candidate {point.id} by itself: {plan.metric} {before}{abs(log.best):.2f} on validation samples")
+    return folder
+
+
+def architecture_of(point: Candidate) -> Candidate:
+    """A candidate without precisions: those that differ in them alone share their weights."""
+    return msgspec.structs.replace(point, precision=())
+
+
 def assist(plan: Plan, call: bytes) -> None:
     """Take part in the training that the first process has called for; it writes all files."""
     called = msgspec.json.decode(call, type=Call)
-    model = plan.family.load(str(plan.model), **plan.head) if called.training == "teacher" else plan.family.load(str(plan.out / "teacher"))
-    job = _job(plan, called.training, Supernet(plan.family, model), called.space)
+    if called.point:
+        model = plan.family.load(str(plan.out / "supernet"))
+    elif called.training == "teacher":
+        model = plan.family.load(str(plan.model), **plan.head)
+    else:
+        model = plan.family.load(str(plan.out / "teacher"))
+    job = _job(plan, called.training, Supernet(plan.family, model), called.space, called.point)
     with plan.team.together():
         train(job, Silent())
 
@@ -235,10 +305,12 @@ def store_model(net: Supernet, folder: Path, beside: Mapping[str, Record]) -> No
         raise RecordError(f"cannot write {folder}: {error}", hint="free some space and run the same command again") from error
 
 
-def _train(plan: Plan, name: str, net: Supernet, space: SearchSpace, progress: Progress) -> TrainingLog:
-    plan.team.call(encode(Call(training=name, space=space)))
+def _train(
+    plan: Plan, name: str, net: Supernet, space: SearchSpace, progress: Progress, point: Candidate | None = None
+) -> TrainingLog:  # fmt: skip
+    plan.team.call(encode(Call(training=name, space=space, point=point)))
     with plan.team.together():
-        return train(_job(plan, name, net, space), progress)
+        return train(_job(plan, name, net, space, point), progress)
 
 
 def training_device() -> torch.device:
@@ -259,12 +331,16 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _job(plan: Plan, name: str, net: Supernet, space: SearchSpace) -> Job:
-    """The training `teacher`, `supernet` or `control`."""
+def _job(plan: Plan, name: str, net: Supernet, space: SearchSpace, point: Candidate | None = None) -> Job:
+    """The training `teacher`, `supernet` or `control`, or that of a candidate by itself."""
     s, weights, logits, aware = plan.settings, None, None, 0
     if s.class_weights:
         weights = torch.from_numpy(class_weights(plan.train.labels, net.config.num_labels))
-    if name == "supernet":
+    chosen: Recipe | None = None
+    if point:
+        chosen, epochs, deadline = Alone(point), s.candidate_epochs, float("inf")
+        aware = min(s.quantization_aware_epochs, epochs)
+    elif name == "supernet":
         recipe, epochs, deadline, aware = s.recipe, s.epochs, plan.deadline, s.quantization_aware_epochs
         logits = np.load(_logits(plan), allow_pickle=False) if plugins.get("recipes", recipe).distils else None
     elif name == "teacher":
@@ -272,7 +348,7 @@ def _job(plan: Plan, name: str, net: Supernet, space: SearchSpace) -> Job:
     else:  # as many passes as the super-network got
         passes = load(plan.out / "supernet" / "training.json", TrainingLog).samples
         recipe, epochs, deadline = "plain", max(1, round(passes / len(plan.train))), float("inf")
-    chosen = plugins.get("recipes", recipe)
+    chosen = chosen or plugins.get("recipes", recipe)
     return Job(
         net=net, space=space, recipe=chosen, terms=terms_of(plan.task, chosen, s, weights), settings=s, train=plan.train,
         validation=plan.validation, metric=plan.metric, epochs=epochs, folder=_made(plan.out / "training" / name), seed=plan.seed,
@@ -322,7 +398,7 @@ def train(job: Job, progress: Progress) -> TrainingLog:
             score, main = _validate(job, net, accelerator, aware), accelerator.is_main_process
             state.note(epoch, score, net, job.folder, main, anyway=not job.keep_best)
 
-    if resumed is None and (aware_from or not total):
+    if resumed is None and (aware_from or not total or isinstance(job.recipe, Alone)):
         validate(0.0)
     started, saved = time.monotonic() - state.seconds, time.monotonic()
     stopped, shuffled, batches = "finished", -1, []
@@ -555,7 +631,9 @@ class _Schedule:
 def _validate(job: Job, net: Supernet, accelerator: Any, aware: TrainingQuantizer | None = None) -> float:
     """Validation score of the largest network; of a super-network the mean over largest, smallest and two fixed random ones."""
     task, subnets, run = job.terms.task, [net.largest()], Quantized(net, aware) if aware else net
-    if job.recipe.elastic:
+    if isinstance(job.recipe, Alone):
+        subnets = [net.subnet(job.space, job.recipe.point)]
+    elif job.recipe.elastic:
         rng = np.random.default_rng([job.seed, 1])
         points = [spaces.smallest(job.space), spaces.sample(job.space, rng), spaces.sample(job.space, rng)]
         subnets += [net.subnet(job.space, point) for point in points]

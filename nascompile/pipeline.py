@@ -230,12 +230,19 @@ class Context:
         read: dict[str, Callable[[], Any]] = {
             "data": lambda: (r.model, r.new_head, r.task, r.data, _source_digests(r)),
             "profile": lambda: (
-                self.target, self.family.name, self.config.to_json_string(use_diff=False), r.profile_seconds, self.environment,
-                r.tables, r.allow_foreign, r.search.precisions, *self._further_inputs(),
+                self.target,
+                self.family.name,
+                self.config.to_json_string(use_diff=False),
+                r.profile_seconds,
+                self.environment,
+                r.tables,
+                r.allow_foreign,
+                r.search.precisions,
+                *self._further_inputs(),
             ),
             "finetune": lambda: self._training_inputs(),
             "search": lambda: (after["finetune"], after["profile"], _without(r.search, *IDLE), r.budgets, r.seed),
-            "build": lambda: (after["search"], r.measure.top_k, r.measure.safety, *self._rivalry()),
+            "build": lambda: (after["search"], r.measure.top_k, r.measure.safety, *self._rivalry(), *self._own_training()),
             "measure": lambda: (after["build"], _without(r.measure, "tune_session"), r.seed),
             "rerank": lambda: (after["measure"], r.budgets, r.measure.safety, *(after["profile"] if self.further else ())),
             "report": lambda: (after, r, *(file_digest(path) for path in [self.out / EXPLAIN] if path.is_file())),
@@ -256,13 +263,18 @@ class Context:
         versions = tuple(plugins.get("backends", name).versions() for name in names)
         return (names, versions, self.recipe.measure.tune_session) if self.compares else ()
 
+    def _own_training(self) -> tuple[Any, ...]:
+        """What the weights of candidates depend on that are trained on; nothing where none are."""
+        return (self.recipe.finetune,) if self.recipe.finetune.candidate_epochs else ()
+
     def _training_inputs(self) -> tuple[Any, ...]:
         """What trained weights depend on; if it changes they are trained again from the start."""
         r, own = self.recipe, self.backend.width_multiple
         shared = math.lcm(own, *(f.backend.width_multiple for f in self.further))
         widths = () if shared == own else (shared,)
         extra = (*widths, *((r.search.precisions,) if r.finetune.quantization_aware_epochs else ()))
-        return self.done["data"].files, models.weights_digest(self.model_folder), r.finetune, r.seed, self.metric, self.target, *extra
+        shared_settings = _without(r.finetune, "candidate_epochs")  # which come after the search
+        return self.done["data"].files, models.weights_digest(self.model_folder), shared_settings, r.seed, self.metric, self.target, *extra
 
     # ------------------------------------------------------------------------------------------ what stages share
 
@@ -446,11 +458,44 @@ class Context:
     @cached_property
     def sources(self) -> dict[str, build.Source]:
         """Weights to build from: the baseline's and the super-network's."""
-        found = {}
-        for name, folder in (("baseline", finetune.baseline_folder(self.out)), ("supernet", self.out / "supernet")):
-            evaluator = self.evaluator(folder, self.method)
-            found[name] = build.Source(evaluator.net, evaluator)
-        return found
+        return {name: self._opened(name) for name in ("baseline", "supernet")}
+
+    def _opened(self, source: str) -> build.Source:
+        evaluator = self.evaluator(self.folder_of(source), self.method)
+        return build.Source(evaluator.net, evaluator)
+
+    def weights(self, source: str) -> build.Source:
+        """Those of `sources`, or a candidate's own by their name."""
+        if source not in self.sources:
+            self.sources[source] = self._opened(source)
+        return self.sources[source]
+
+    def weights_of(self, point: Candidate) -> str:
+        """Name of the weights that a candidate is built with."""
+        return finetune.architecture_of(point).id if self.recipe.finetune.candidate_epochs else "supernet"
+
+    def trained(self, point: Candidate) -> str:
+        """Name of the weights that a candidate of the run's space is built with, which are there afterwards."""
+        if self.recipe.finetune.candidate_epochs:
+            finetune.train_candidate(self.training_plan(), spaces.of_targets(self.space, (0,)), point, self.progress)
+        return self.weights_of(point)
+
+    def folder_of(self, source: str) -> Path:
+        """Of weights by their name."""
+        known = {"baseline": finetune.baseline_folder(self.out), "supernet": self.out / "supernet"}
+        return known.get(source) or self.out / finetune.CANDIDATES / source
+
+    def built_from(self, manifest: EngineManifest) -> str:
+        """Name of the weights that an engine was built from; RecordError if they are gone."""
+        own = sorted(folder.name for folder in (self.out / finetune.CANDIDATES).glob("[!.]*"))
+        for name in ("supernet", *own) if manifest.role == "candidate" else ("baseline",):
+            if models.weights_digest(self.folder_of(name)) == manifest.weights_digest:
+                return name
+        raise RecordError(f"the weights of {manifest.name} are no longer in {self.out}", hint="build it again")
+
+    def source_of(self, manifest: EngineManifest) -> build.Source:
+        """The weights that an engine was built from."""
+        return self.weights(self.built_from(manifest))
 
     @cached_property
     def pricing(self) -> Pricing:
@@ -654,7 +699,7 @@ class Context:
         key = self.out / "training" / "inputs.json"
         wanted = encode(digest(*self._training_inputs()))
         if key.is_file() and key.read_bytes() != wanted:
-            _discard(self.out, ("teacher", "supernet", "control", "training"))
+            _discard(self.out, ("teacher", "supernet", "control", "training", finetune.CANDIDATES))
         write_atomic(key, wanted)
         finetune.finetune(plan, self.progress)
         folders = [self.out / "supernet", finetune.baseline_folder(self.out)]
@@ -689,15 +734,18 @@ class Context:
 
     def _build(self) -> list[Path]:
         jobs = self._jobs()
+        for _, role, _, point in jobs:
+            if role == "candidate":
+                self.trained(point)
         written, here = [], [f for f in self.further if not f.absent]
         total = len(jobs) * (1 + len(here))
         for number, (name, role, source, point) in enumerate(jobs, 1):
             folder = self.out / "engines" / name
             predicted = self.pricing(point)[1]
-            if not self.is_built_here(folder, source, point):
-                self.make(self.parts, self.sources[source], point, name, role, predicted, folder)
+            if not (built := self.is_built_here(folder, source, point)):
+                self.make(self.parts, self.weights(source), point, name, role, predicted, folder)
             if role == "candidate":
-                self._store_subnet(name, point)
+                self._store_subnet(name, source, point, not built)
             written.append(folder / "manifest.json")
             self.progress.step("engines built", number, total)
         for place, f in enumerate(here, 1):
@@ -723,7 +771,7 @@ class Context:
         ]  # fmt: skip
         return [
             *(plain if self.chip is None else self._fitting(plain[1:])),
-            *((f"candidate-{n}", "candidate", "supernet", e.candidate) for n, e in enumerate(chosen, 1)),
+            *((f"candidate-{n}", "candidate", self.weights_of(e.candidate), e.candidate) for n, e in enumerate(chosen, 1)),
         ]
 
     def _fitting(self, jobs: list[tuple[str, str, str, Candidate]]) -> list[tuple[str, str, str, Candidate]]:
@@ -742,7 +790,7 @@ class Context:
         """The engine of a candidate for a further device, with the precisions it has there, unless the folder holds it."""
         pricing = next(p for p in self.further_pricing if p.target == f.target)
         parts = replace(self.parts, target=f.target, backend=f.backend, table_digest=digest(pricing.table))
-        weights = self.sources[source]
+        weights = self.weights(source)
         if (folder / "manifest.json").is_file():
             m = load(folder / "manifest.json", EngineManifest)
             same = (f.target, point, weights.evaluator.weights_digest, parts.table_digest)
@@ -751,13 +799,13 @@ class Context:
         own = build.Source(weights.net, weights.evaluator.on(f.target.id))
         build.build(parts, own, point, name, role, pricing(point)[1], folder)
 
-    def _store_subnet(self, name: str, point: Any) -> None:
+    def _store_subnet(self, name: str, source: str, point: Any, anew: bool) -> None:
         """The candidate's float weights as a Hugging Face folder of its own, beside the engines."""
-        folder, source = self.out / "subnets" / name, self.sources["supernet"]
-        if (folder / "candidate.json").is_file() and load(folder / "candidate.json", Candidate) == point:
+        folder = self.out / "subnets" / name
+        if not anew and (folder / "candidate.json").is_file() and load(folder / "candidate.json", Candidate) == point:
             return
         _discard(folder.parent, (name,))
-        small = extract(source.net.model, self.family, self.config, self.space, point)
+        small = extract(self.weights(source).net.model, self.family, self.config, self.space, point)
         folder.parent.mkdir(exist_ok=True)
         finetune.store_model(Supernet(self.family, small), folder, {"candidate.json": point})
 
@@ -807,7 +855,7 @@ class Context:
         return variants.Contender(target, backend, lambda: build.lower(other, source, moved, ranges))
 
     def is_built_here(self, folder: Path, source: str, point: Any) -> bool:
-        return self.is_built(folder, self.space, point, self.sources[source].evaluator.weights_digest, digest(self.table), self.foreign)
+        return self.is_built(folder, self.space, point, self.weights(source).evaluator.weights_digest, digest(self.table), self.foreign)
 
     def is_built(
         self, folder: Path, space: SearchSpace, point: Candidate, weights_digest: str, table_digest: str, foreign: Differences = ()
@@ -921,7 +969,7 @@ class Context:
         known = {(e.candidate, there.target): there.score for e in front.evaluations for there in e.elsewhere if source == "supernet"}
         if point == largest(self.space) and source == "baseline":  # FP32 everywhere
             known[(point, f.target.id)] = reference
-        score = known.get((point, f.target.id)) or self.sources[source].evaluator.on(f.target.id).score(point)
+        score = known.get((point, f.target.id)) or self.weights(source).evaluator.on(f.target.id).score(point)
         return rerank.There(f.target.id, f.label, "predicted", latency.value, size, score, reference, costs["memory_mb"])
 
     def _measured(self, f: several.Further, name: str) -> rerank.There:
@@ -931,9 +979,7 @@ class Context:
             raise RecordError(f"no validation score in {home / 'measurements'}: {name}", hint="remove the folder and run again")
         manifest = load(home / "engines" / name / "manifest.json", EngineManifest)
         memory = manifest.graph.memory_bytes / 1e6 if manifest.graph else 0.0
-        return rerank.There(
-            f.target.id, f.label, m.latency.kind, m.latency.value, manifest.size_bytes, m.score, baseline.score, memory
-        )
+        return rerank.There(f.target.id, f.label, m.latency.kind, m.latency.value, manifest.size_bytes, m.score, baseline.score, memory)
 
     def _report(self) -> list[Path]:
         return list(report.report(self.out))
@@ -952,7 +998,9 @@ def plan(recipe: Recipe, out: Path) -> list[dict[str, Any]]:
         + "".join(f"; the same for `{text}`, or its stored table if it is not here" for text in recipe.also),
         "finetune": f"{f.recipe}: {f.epochs} epochs of the super-network after up to {f.teacher_epochs} of a teacher",
         "search": f"{s.searcher}{', space evolution' * s.space_evolution}: up to {s.evaluations} candidates scored on validation{shared}",
-        "build": f"{engines} engines: baseline, uniform INT8, {m.top_k} candidates{each}" + _compared_as(recipe),
+        "build": f"{engines} engines: baseline, uniform INT8, {m.top_k} candidates{each}"
+        + _compared_as(recipe)
+        + f"; each candidate is trained on by itself for {f.candidate_epochs} epochs before" * bool(f.candidate_epochs),
         "measure": f"{engines} engines side by side: latency, throughput at batch {', '.join(map(str, m.batches))}, memory, accuracy",
         "rerank": "choose by what was measured, then read test once",
         "report": "HTML, Markdown and JSON",

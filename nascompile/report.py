@@ -788,6 +788,7 @@ def _search(records: RunRecords) -> Json:
         return {"missing": _absent("front.json"), "hypervolume": []}
     return {
         "missing": [] if front.hypervolume else ["hypervolume in front.json"], "searcher": front.searcher, "seed": front.seed,
+        "candidate_epochs": records.recipe.get("finetune", {}).get("candidate_epochs", 0),
         "scored": front.scored, "seconds": front.seconds, "objectives": _objectives(front), "found": len(front.evaluations),
         "budgets": _budgets(records, front.budgets), "hypervolume": [list(pair) for pair in front.hypervolume], "stopped": front.stopped,
     }  # fmt: skip

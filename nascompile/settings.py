@@ -53,6 +53,8 @@ class FinetuneSettings(Record, frozen=True):
     """Of `bignas`: epochs in which the learning rate falls by 3 %; 0: so that the floor is reached after two thirds of the steps."""
     rate_floor: float = 0.05
     """Of `bignas`: share of the peak at which the learning rate stays."""
+    candidate_epochs: int = 0
+    """Epochs in which each candidate that is to be built is trained on by itself before, from the super-network's weights; 0: none."""
     quantization_aware_epochs: int = 0
     """Last epochs of the super-network that compute with quantized products, as the uniformly quantized engine would."""
     mixed_precision: str = "no"
@@ -279,6 +281,7 @@ def check(recipe: Recipe) -> Recipe:
         ("minutes", recipe.minutes, recipe.minutes >= 0, "0 (no limit) or more"),
         ("profile_seconds", recipe.profile_seconds, recipe.profile_seconds > 0, "more than 0"),
         ("finetune.epochs", f.epochs, f.epochs >= 0, "0 or more"),
+        ("finetune.candidate_epochs", f.candidate_epochs, f.candidate_epochs >= 0, "0 or more"),
         ("finetune.teacher_epochs", f.teacher_epochs, f.teacher_epochs >= 1, "at least 1"),
         ("finetune.batch_size", f.batch_size, f.batch_size >= 1, "at least 1"),
         ("finetune.learning_rate", f.learning_rate, 0 <= f.learning_rate < 1, "0 (automatic) or a rate below 1"),

@@ -128,7 +128,7 @@ def searched() -> Recipe:
     """A search that is as short as one can be."""
     return check(Recipe(
         model="model", new_head=True, data=DataSettings(data="images", calibration_size=40), device="m7_64k",
-        finetune=FinetuneSettings(teacher_epochs=6, epochs=1, batch_size=32, learning_rate=0.003),
+        finetune=FinetuneSettings(teacher_epochs=6, epochs=1, candidate_epochs=2, batch_size=32, learning_rate=0.003),
         search=SearchSettings(searcher="nsga2", evaluations=4, population=4, calibration_samples=32, calibration_methods=("minmax",)),
         measure=MeasureSettings(top_k=1, seconds=0.1, batches=(1,), agreement=1),
     ))  # fmt: skip

@@ -148,7 +148,7 @@ class Chosen:
         context = pipeline.Context(load(run / "recipe.json", Recipe), run, Silent(), pipeline.Given())
         engine = run / "engines" / load(run / "choice.json", Choice).engine
         manifest = load(engine / "manifest.json", EngineManifest)
-        source = context.sources["supernet" if manifest.role == "candidate" else "baseline"]
+        source = context.source_of(manifest)
         assert manifest.candidate is not None
         return cls(context, engine, manifest, source, source.evaluator.network(manifest.candidate))
 
@@ -163,7 +163,8 @@ def _of_run(name: str, run: Path, device: str) -> Network:
             lowered: Program = build.lower(context.parts, chosen.source, manifest.candidate)
         return lowered, context.method
 
-    logs = [place / "training.json" for place in dict.fromkeys((context.model_folder, run / "teacher", run / "supernet"))]
+    places = (context.model_folder, run / "teacher", run / "supernet", context.folder_of(context.built_from(manifest)))
+    logs = [place / "training.json" for place in dict.fromkeys(places)]
     trained = [load(path, TrainingLog) for path in logs if path.is_file()]
     facts = {
         "parameters": manifest.parameters, "epochs": sum(log.epochs for log in trained),
