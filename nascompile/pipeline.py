@@ -230,15 +230,8 @@ class Context:
         read: dict[str, Callable[[], Any]] = {
             "data": lambda: (r.model, r.new_head, r.task, r.data, _source_digests(r)),
             "profile": lambda: (
-                self.target,
-                self.family.name,
-                self.config.to_json_string(use_diff=False),
-                r.profile_seconds,
-                self.environment,
-                r.tables,
-                r.allow_foreign,
-                r.search.precisions,
-                *self._further_inputs(),
+                self.target, self.family.name, self.config.to_json_string(use_diff=False), r.profile_seconds, self.environment,
+                r.tables, r.allow_foreign, r.search.precisions, *self._further_inputs(),
             ),
             "finetune": lambda: self._training_inputs(),
             "search": lambda: (after["finetune"], after["profile"], _without(r.search, *IDLE), r.budgets, r.seed),
