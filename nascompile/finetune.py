@@ -28,6 +28,7 @@ from nascompile.processes import ALONE, Team
 from nascompile.progress import Progress, Silent
 from nascompile.quantization_aware import Quantized, TrainingQuantizer, first_ranges, quantizer
 from nascompile.recipes import Recipe, StepBatch, Terms
+from nascompile.recipes.plain import Plain
 from nascompile.records import Candidate, Record, SearchSpace, digest, encode, load, save, write_atomic
 from nascompile.replay import Replayed, draw
 from nascompile.settings import FinetuneSettings
@@ -168,22 +169,12 @@ class Call(Record, frozen=True):
 
 
 @dataclass(frozen=True)
-class Alone:
+class Alone(Plain):
     """The recipe of a candidate that is trained on by itself, on the labels; the super-network's other weights get no gradients."""
 
     point: Candidate
     name = "alone"
-    distils = zeroed_residuals = False
     elastic = True
-    random_subnets = 0
-
-    def passes(self, terms: Terms) -> int:
-        """One."""
-        return 1
-
-    def rate(self, left: float, epochs: float, terms: Terms) -> float:
-        """Linear decay to zero."""
-        return left
 
     def losses(self, net: Any, space: SearchSpace, batch: StepBatch, rng: np.random.Generator, terms: Terms) -> Iterator[Any]:
         yield terms.task.loss(net(batch.inputs, net.subnet(space, self.point)), batch.labels, terms.class_weights)
@@ -629,7 +620,8 @@ class _Schedule:
 
 @torch.no_grad()
 def _validate(job: Job, net: Supernet, accelerator: Any, aware: TrainingQuantizer | None = None) -> float:
-    """Validation score of the largest network; of a super-network the mean over largest, smallest and two fixed random ones."""
+    """Validation score of the largest network, or of the candidate that is trained alone; of a super-network the mean over largest,
+    smallest and two fixed random ones."""
     task, subnets, run = job.terms.task, [net.largest()], Quantized(net, aware) if aware else net
     if isinstance(job.recipe, Alone):
         subnets = [net.subnet(job.space, job.recipe.point)]

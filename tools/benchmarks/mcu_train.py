@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     until = time.time() + 60 * asked.minutes - RESERVE
     running = {
-        task: subprocess.Popen([sys.executable, __file__, *given, "--one", task, "--until", str(until)], env=_environment(i % asked.gpus))
+        task: subprocess.Popen([sys.executable, __file__, *given, "--one", task, "--until", str(until)], env=_environment(i, asked.gpus))
         for i, task in enumerate(asked.tasks)
     }
     failed = [task for task, process in running.items() if process.wait()]
@@ -122,9 +122,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _environment(gpu: int) -> dict[str, str]:
+def _environment(task: int, gpus: int) -> dict[str, str]:
+    """Of the process of a task; with one GPU that is the caller's choice."""
     path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": str(gpu)}
+    shown = {"CUDA_VISIBLE_DEVICES": str(task % gpus)} if gpus > 1 else {}
+    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | shown
 
 
 class Training:
