@@ -157,6 +157,12 @@ def test_a_training_that_was_killed_ends_the_same(run: Path, quick: Recipe, tmp_
         assert all(np.array_equal(a[name].numpy(), b[name].numpy()) for name in a)
 
 
+def test_the_report_says_whose_scores_stand_where(run: Path, quick: Recipe) -> None:
+    pipeline.run(alone(quick), run)
+    said = (run / "report.html").read_text()
+    assert "those that were built were trained on by themselves for 3 epochs before" in said
+
+
 def test_fewer_than_no_epochs_are_refused(quick: Recipe) -> None:
     with pytest.raises(RecipeError) as caught:
         check(alone(quick, -1))

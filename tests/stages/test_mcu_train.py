@@ -113,6 +113,12 @@ def test_tasks_by_default_have_sizes_that_the_family_takes(tool):
         assert mcu_vit.PLUGIN.unsupported(config) == ""
 
 
+def test_tasks_take_turns_at_gpus(tool, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert [tool._environment(task, 2)["CUDA_VISIBLE_DEVICES"] for task in range(3)] == ["0", "1", "0"]
+    assert tool._environment(1, 1)["CUDA_VISIBLE_DEVICES"] == "3"
+
+
 def test_minutes_become_epochs(tool):
     assert tool.Task.parse("fashion:64") == tool.Task("fashion-64", "fashion", 64, "")
     assert tool.Task.parse("tiles:32:small") == tool.Task("tiles-32-small", "tiles", 32, "small")

@@ -79,11 +79,11 @@ def drawn(count: int, seed: int = 0, first: tuple[Candidate, ...] = ()) -> list[
     return list(points)
 
 
-def explained(points: list[Candidate], noise: float = 0.0, seed: int = 0) -> Explanation:
+def explained(points: list[Candidate], noise: float = 0.0, seed: int = 0, target: Target = TARGET) -> Explanation:
     rng = np.random.default_rng(5)
     scored = [evaluation(p, accuracy(p) + noise * rng.standard_normal()) for p in points]
     front = Front(
-        space=SPACE, target=TARGET, objectives=("error", "latency_ms"), budgets=(), evaluations=tuple(scored[:1]), searcher="random",
+        space=SPACE, target=target, objectives=("error", "latency_ms"), budgets=(), evaluations=tuple(scored[:1]), searcher="random",
         seed=0, scored=len(scored), seconds=1.0,
     )  # fmt: skip
     return explain.explain(SPACE, front, scored, lambda point: (latency(point),), seed, Silent())
@@ -178,6 +178,11 @@ def test_without_the_whole_network_the_largest_that_was_scored_is_thinned():
     points = [p for p in drawn(60) if p != spaces.uniform(SPACE)]
     base = explained(points).base
     assert sum(v for n, v in base.architecture if n != "depth") == max(sum(v for n, v in p.architecture if n != "depth") for p in points)
+
+
+def test_milliseconds_of_a_microcontroller_are_modelled(found):
+    assert found.unit == "ms"
+    assert explained(drawn(40), target=msgspec.structs.replace(TARGET, session=(("core", "cortex-m7"),))).unit == "modelled ms"
 
 
 def test_it_is_a_record_that_comes_back_and_text_that_has_every_gene(found, tmp_path):
