@@ -53,10 +53,7 @@ def build_candidate(
     if tune_session is not None:
         recipe = tuned(recipe, tune_session)
     with locked(out):
-        front = load(out / "front.json", Front)
-        if not 1 <= number <= len(front.evaluations):
-            raise RecipeError(f"no such candidate: {number}", hint=f"the front of {out} has 1 to {len(front.evaluations)}")
-        e = front.evaluations[number - 1]
+        front, e = _of_front(out, number)
         name = f"front-{number}"
         if (device or backend) and front.also and precision == network.AS_SEARCHED:
             text = f"{device or recipe.device}:{backend}:{wanted.threads or ''}"
@@ -83,6 +80,32 @@ def build_candidate(
             return folder
         context = Context(recipe, out, progress or Silent(), Given())
         return _build_searched(context, e, context.target, number)
+
+
+def train_candidate(out: Path, number: int, progress: Progress | None = None) -> Path:
+    """Train candidate `number` of a finished front on by itself, as it is before it is built; the folder of its weights, `candidates/NAME`.
+
+    Neither the device nor the model need be here: a copy of the run folder can be trained in where there is a GPU, and go back.
+    """
+    recipe = load(out / "recipe.json", Recipe)
+    with locked(out):
+        front, e = _of_front(out, number)
+        if not recipe.finetune.candidate_epochs:
+            raise RecipeError(
+                f"candidates of {out} are not trained by themselves: finetune.candidate_epochs is 0",
+                hint="say in its recipe for how many epochs, and search again with that: what is trained and scored stays",
+            )
+        context = Context(recipe, out, progress or Silent(), Given())
+        context.space, context.model_folder = front.space, out / "supernet"  # nothing outside a copied run folder is looked for
+        return context.folder_of(context.trained(e.candidate))
+
+
+def _of_front(out: Path, number: int) -> tuple[Front, Evaluation]:
+    """The front of a finished search, and one of its candidates by number."""
+    front = load(out / "front.json", Front)
+    if not 1 <= number <= len(front.evaluations):
+        raise RecipeError(f"no such candidate: {number}", hint=f"the front of {out} has 1 to {len(front.evaluations)}")
+    return front, front.evaluations[number - 1]
 
 
 def explain_search(out: Path, progress: Progress | None = None) -> Explanation:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 STAGES = {
     "profile": "Time the operators of the model's search space on the device, or find a table that has them; what it lacks is added.",
-    "finetune": "Train the teacher and the super-network.",
+    "finetune": "Train the teacher and the super-network; with --candidate, one of the finished front by itself.",
     "search": "Search sub-networks and precisions; writes the Pareto front. Ctrl-C ends it with what it has, twice quits.",
     "build": "Build the engines of the front's best candidates and of the baselines; with --candidate, one more.",
     "measure": "Run the engines: latency, throughput, memory, validation score.",
@@ -166,6 +166,7 @@ FLAGS = {
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder.", metavar="runs/NAME", show_default="runs/<model name>")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+OfFront = Annotated[int | None, typer.Option("--candidate", help="Number of a candidate of the finished front.", metavar="N")]
 RecipeFile = Annotated[Path | None, typer.Argument(metavar="RECIPE", help="TOML file of settings; flags override it.", show_default=False)]
 
 
@@ -269,10 +270,35 @@ def profile(
 
 
 @with_settings
+def finetune(
+    given: Mapping[str, Any],
+    recipe: RecipeFile = None,
+    candidate: OfFront = None,
+    out: Out = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train what is searched, or a candidate of a finished front by itself; RECIPE may be the run folder."""
+    recipe, out = _run_folder(recipe, out)
+    chosen, folder = recipe_and_folder(recipe, out, given)
+    if candidate is None:
+        return _print_stage(folder, "finetune", as_json) if _run(chosen, folder, "finetune", quiet) else None
+    if recipe or given:
+        raise RecipeError("--candidate takes its settings from the run", hint=f"nascompile finetune --out {folder} --candidate {candidate}")
+    from nascompile import beside
+
+    with _progress(quiet) as progress, redirect_stdout(sys.stderr):
+        weights = beside.train_candidate(folder, candidate, progress)
+    if as_json:
+        return _print_json({"run": str(folder), "candidate": candidate, "weights": str(weights)})
+    typer.echo(weights)
+
+
+@with_settings
 def build(
     given: Mapping[str, Any],
     recipe: RecipeFile = None,
-    candidate: Annotated[int | None, typer.Option("--candidate", help="Number of a candidate of the finished front.", metavar="N")] = None,
+    candidate: OfFront = None,
     precision: Annotated[
         str, typer.Option("--precision", help="Of that candidate: as-searched, fp16, int8, …, as the device has it.", metavar="NAME")
     ] = "as-searched",
@@ -284,8 +310,7 @@ def build(
     quiet: Quiet = False,
 ) -> None:
     """Build the front's best candidates, or one more of a finished front; RECIPE may be the run folder."""
-    if recipe is not None and recipe.is_dir():
-        recipe, out = None, out or recipe
+    recipe, out = _run_folder(recipe, out)
     about = {"device", "backend", "measure.tune_session", *(["threads"] if "device" in given else [])}
     of_run = {name: value for name, value in given.items() if candidate is None or out is None or name not in about}
     chosen, folder = recipe_and_folder(recipe, out, of_run)
@@ -375,10 +400,15 @@ def search(
     typer.echo("the run's report has it as a chart when it is next written", err=True)
 
 
-OWN = {"profile": profile, "search": search, "build": build}
+OWN = {"profile": profile, "finetune": finetune, "search": search, "build": build}
 """Stages whose commands have more than the settings."""
 for _stage, _help in STAGES.items():
     app.command(_stage, help=_help)(OWN.get(_stage) or _stage_command(_stage))
+
+
+def _run_folder(recipe: Path | None, out: Path | None) -> tuple[Path | None, Path | None]:
+    """(recipe file, run folder), where the former may be given as the latter."""
+    return (None, out or recipe) if recipe is not None and recipe.is_dir() else (recipe, out)
 
 
 def recipe_and_folder(path: Path | None, out: Path | None, given: Mapping[str, Any]) -> tuple[Recipe, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
-from nascompile import beside, finetune, models, pipeline
+from nascompile import beside, cli, finetune, models, pipeline
 from nascompile.errors import RecipeError, RecordError
 from nascompile.progress import Silent
 from nascompile.records import EngineManifest, Front, load
@@ -133,6 +135,37 @@ def test_one_more_of_the_front_is_trained_too(run: Path, quick: Recipe, done: li
     assert weights_of(run)[manifest(run, folder.name).weights_digest] == finetune.architecture_of(other.candidate).id
     beside.build_candidate(run, number)
     assert done == ["candidate"]
+
+
+def test_one_is_trained_where_there_is_no_more_than_the_run(run: Path, quick: Recipe, done: list[str], tmp_path: Path) -> None:
+    pipeline.run(alone(quick), run, until="search")
+    there = Path(shutil.copytree(run, tmp_path / "there", ignore=shutil.ignore_patterns("model", "teacher", "engines", "table.json")))
+    del done[:]
+    weights = beside.train_candidate(there, 2)
+    assert done == ["candidate"]
+    assert not (there / "model").exists(), "the model was not asked for"
+    shutil.copytree(there / "candidates", run / "candidates")
+    del done[:]
+    folder = beside.build_candidate(run, 2)
+    assert done == [], "what was trained there is found here"
+    assert weights_of(run) == {manifest(run, folder.name).weights_digest: weights.name}
+
+
+def test_the_command_trains_one(run: Path, quick: Recipe, done: list[str]) -> None:
+    def said(*arguments: str) -> Any:
+        return CliRunner().invoke(cli.app, ["finetune", *arguments, "--candidate", "1", "--quiet"])
+
+    refused = said(str(run))
+    assert refused.exit_code == 1
+    assert f"candidates of {run} are not trained by themselves: finetune.candidate_epochs is 0" in refused.stderr
+    pipeline.run(alone(quick), run, until="search")
+    done.clear()
+    found = json.loads(said(str(run), "--json").stdout)
+    [folder] = (run / "candidates").iterdir()
+    assert found == {"run": str(run), "candidate": 1, "weights": str(folder)}
+    assert said("--out", str(run)).stdout == f"{folder}\n"
+    assert done == ["candidate"], "once"
+    assert "--candidate takes its settings from the run" in said("--out", str(run), "--epochs", "3").stderr
 
 
 def test_a_training_that_was_killed_ends_the_same(run: Path, quick: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

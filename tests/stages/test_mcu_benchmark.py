@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import ViTConfig, ViTForImageClassification
 
 from nascompile import pipeline
@@ -155,13 +154,8 @@ def runs(bench, into, tmp_path_factory, mcu_tools):
         }
         patch.setattr(bench.rivals, "RIVALS", small)
         patch.setattr(bench.networks, "SHARES", (0.999, 1.0))
-        results = Path("results.json")
-        trainings = {"teacher": {"epochs": 3.0}, "supernet": {"epochs": 5.0, "quantized_from": 3.0}}
-        results.write_text(json.dumps({"tasks": [{"task": "searched-64k", "trainings": trainings}]}))
-        bench.rivals.main(["--data", str(run / "data"), "--out", "runs", "--only", *small, *RIVALLED, "--as", str(results)])
-        bench.main.main(["--starts", "--runs", "runs"])
-        onward = ["--only", "onward-64k", "--starts", "runs", "--epochs", "2"]
-        bench.rivals.main(["--data", str(run / "data"), "--out", "runs", *onward, *RIVALLED])
+        epochs = ["--epochs", "8", "--aware-epochs", "2"]
+        bench.rivals.main(["--data", str(run / "data"), "--out", "runs", "--only", *small, *RIVALLED, *epochs])
         yield folder / "runs"
 
 
@@ -186,22 +180,6 @@ def test_a_rival_is_trained_once_and_is_what_it_was(bench, runs, capsys):
         np.testing.assert_allclose(forward(own, x), want, atol=1e-3)
 
 
-def test_a_searched_network_is_trained_on_from_where_it_was(bench, runs, tmp_path):
-    data, start = str(runs / "searched-64k" / "data"), runs / "onward-64k.start.safetensors"
-    command = ["--data", data, "--out", str(tmp_path), "--only", "onward-64k", *RIVALLED, "--epochs", "1"]
-    bench.rivals.main([*command, "--starts", str(runs), "--rate", "1e-12"])
-    stored, begun = load_file(tmp_path / "onward-64k.safetensors"), load_file(start)
-    assert stored.keys() == begun.keys()
-    for name, value in begun.items():
-        torch.testing.assert_close(stored[name], value, atol=1e-6, rtol=1e-6)
-    facts = bench.rivals.facts(runs / "onward-64k.safetensors")
-    assert facts["settings"]["learning_rate"] < bench.rivals.facts(runs / "hand-64k.safetensors")["settings"]["learning_rate"]
-    with pytest.raises(SystemExit, match="goes on from a network, and nothing is given"):
-        bench.rivals.main(command)
-    with pytest.raises(SystemExit, match=r"and there is no .*onward-64k\.start\.safetensors"):
-        bench.rivals.main([*command, "--starts", str(tmp_path)])
-
-
 def test_maps_in_factors_are_trained_alone_too(bench):
     layers = (Layer(heads=2, head_width=4, hidden=16, rank=3), Layer(heads=1, head_width=4, hidden=8))
     module = bench.rivals.Vit(Shape(image=(8, 8, 1), patch=4, width=12, layers=layers, classes=3))
@@ -210,13 +188,7 @@ def test_maps_in_factors_are_trained_alone_too(bench):
     assert sizes["layers.0.up.second"] == (16, 3)
     assert sizes["layers.1.up.weight"] == (8, 12)
     assert module(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
-    assert bench.rivals.sizes_of(module.shape) == "8 x 8, patch 4, width 12, 2 layers, heads 2 1, hidden 16 8, rank 3 0"
-
-
-def test_another_networks_training_is_not_taken(bench, runs, monkeypatch):
-    monkeypatch.setattr(bench.rivals, "digest_of", lambda parameters: "another")
-    with pytest.raises(bench.networks.Missing, match="trained on from another network"):
-        bench.networks.found("onward", "64k", runs, 1)
+    assert bench.networks.sizes_of(module.shape) == "8 x 8, patch 4, width 12, 2 layers, heads 2 1, hidden 16 8, rank 3 0"
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +204,7 @@ def printed(bench, runs, mcu_tools, tmp_path_factory):
 
 def test_rivals_are_built_compared_and_scored(printed):
     rows = {row["network"]: row for row in printed[1]["cells"]["fashion-64k"]["rows"]}
-    assert set(rows) == {"searched", "onward", "hand", "cnn"}
+    assert set(rows) == {"searched", "hand", "cnn"}
     for row in rows.values():
         assert row["images_equal_in_qemu_host_interpreter"] == 30
         assert row["test_images"] == 150, "a fifth of the images"
@@ -246,9 +218,6 @@ def test_rivals_are_built_compared_and_scored(printed):
     assert rows["cnn"]["calibration"].endswith("% of values")
     assert rows["searched"]["files_equal_to_the_engine_of_the_run"]
     assert rows["searched"]["epochs"] == 6 + 1 + 2, "teacher, super-network, by itself"
-    assert rows["onward"]["sizes"] == rows["searched"]["sizes"]
-    assert rows["onward"]["epochs"] == 2
-    assert rows["onward"]["instructions"] == pytest.approx(rows["searched"]["instructions"], rel=0.02), "the same network"
 
 
 def test_every_figure_says_what_it_is(bench, printed):
@@ -282,7 +251,6 @@ def test_what_is_missing_is_said(bench, mcu_tools, tmp_path, capsys, monkeypatch
     bench.main.main(["--cells", "fashion-320k", "--runs", str(tmp_path), *cache])
     said = capsys.readouterr().out
     assert f"{tmp_path}/searched-320k: `nascompile run --model mcu_vit --device stm32f746" in said
-    assert f"{tmp_path}/onward-320k.safetensors: mcu.py --starts --runs FOLDER" in said
     assert f"{tmp_path}/cnn-320k.safetensors: python tools/benchmarks/mcu_rivals.py" in said
     failed = subprocess.CompletedProcess([], 1, "", "no index can be reached")
     monkeypatch.setattr(bench.peer.subprocess, "run", lambda *given, **named: failed)

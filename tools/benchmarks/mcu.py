@@ -13,8 +13,7 @@ Needs gcc-arm-none-eabi and qemu-system-arm. Cells:
   they replace, fused operators. Each is built; one that the device has no room for, on a larger one.
 - `fashion-320k`, `fashion-64k`: networks for 320 KB of SRAM and 1 MB of flash, and for 64 KB and 256 KB. FOLDER (--runs) holds the runs
   `searched-320k` and `searched-64k` of `nascompile run --device stm32f746` and `--device m7_64k` (whose profile is in this folder), and
-  what mcu_rivals.py has trained: `hand-320k.safetensors`, `cnn-320k.safetensors`, and `onward-320k.safetensors`, the searched network
-  trained on by itself from what `mcu.py --starts` writes there. What is not there is said.
+  what mcu_rivals.py has trained: `hand-320k.safetensors`, `cnn-320k.safetensors`. What is not there is said.
 
 Instructions are exact counts in QEMU; cycles and milliseconds are modelled from them; RAM and flash are the linker's. Accuracies of engines
 are computed from their bytes on the whole test split, which are compared between this computer's build, QEMU and the NumPy interpreter on
@@ -186,25 +185,12 @@ def _show_networks(cell: Mapping[str, Any]) -> None:
         print(f"            bytes equal in QEMU, on this computer and in NumPy: {row['images_equal_in_qemu_host_interpreter']:,} images")
 
 
-def _store_starts(runs: Path | None) -> None:
-    from microcontroller import networks
-
-    if runs is None:
-        raise SystemExit("error: --starts writes networks of a folder of runs\n\nhint: --runs names it")
-    for budget in networks.DEVICES:
-        try:
-            print(networks.store_start(budget, runs.resolve()))
-        except networks.Missing as error:
-            print(f"not here: {error}")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     parser.add_argument("--cache", type=Path, default=Path(".cache/mcu"))
     parser.add_argument("--runs", type=Path, help="folder of searched and trained networks")
-    parser.add_argument("--starts", action="store_true", help="write the networks of --runs for mcu_rivals.py to train on, and stop")
     parser.add_argument("--images", type=int, default=1000, help="test images whose bytes are compared, of each network")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--tvm", default="", metavar="PYTHON", help="a Python with apache-tvm; otherwise one is installed into the cache")
@@ -213,9 +199,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if reason := mcu_c.PLUGIN.unavailable():
         raise SystemExit(f"error: {reason}")
-    if given.starts:
-        _store_starts(given.runs)
-        return
     bench = Bench(given.cache, given.runs and given.runs.resolve(), given.images, given.jobs, given.tvm)
     if given.fresh:
         for path in given.cache.glob("*.json"):

@@ -1,16 +1,13 @@
 """Trains what searched networks are compared with: vision transformers of sizes that a person would pick, and small depthwise CNNs.
 
-    python tools/benchmarks/mcu_rivals.py --data WORK/fashion-32/data --out OUT/rivals --as OUT/results.json --device cuda --jobs 4
+    python tools/benchmarks/mcu_rivals.py --data WORK/fashion-32/data --out OUT/rivals --epochs 228 --device cuda --jobs 4
     python tools/benchmarks/mcu_rivals.py --data RUN/data --out FOLDER --only cnn-64k --epochs 2
-    python tools/benchmarks/mcu_rivals.py --data RUN/data --out FOLDER --only onward-64k --starts FOLDER --epochs 60
 
 Each is trained alone on the train split of a prepared data folder (mcu_train.py leaves one for each of its tasks, `nascompile run` in its
-run), by the settings of mcu_train.py: its augmentation, batch, decay, moving average and quantization-aware share of the epochs; with
---as, for as many epochs as its teacher and super-network of the same data had together. The learning rate is the teacher's, three times
-that for CNNs, which are not trained quantization-aware. Cosine schedule, cross-entropy of the labels. Images larger than 32 pixels are
-averaged down to that. The last weights are kept, as OUT/NAME.safetensors with the settings in its metadata; test is never read. A network
-that is there already, of the same settings, is not trained again. `onward-…` is no rival, but the searched network trained on by itself, at
-a third of the rate, from what `mcu.py --starts` has written.
+run), by the settings of mcu_train.py: its augmentation, batch, decay, moving average and quantization-aware share of the epochs. The
+learning rate is the teacher's, three times that for CNNs, which are not trained quantization-aware. Cosine schedule, cross-entropy of the
+labels. Images larger than 32 pixels are averaged down to that. The last weights are kept, as OUT/NAME.safetensors with the settings in its
+metadata; test is never read. A network that is there already, of the same settings, is not trained again.
 
 Nothing of the latency side is imported, so that a machine with PyTorch and little else can do it; `--jobs` trains several at a time.
 """
@@ -29,7 +26,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from safetensors import safe_open
@@ -44,8 +40,8 @@ from nascompile.mcu.transformer import Shape
 from nascompile.quantization_aware import ProgramQuantizer
 
 EPSILON = 1e-5
-CNN_RATE, ONWARD_RATE = 3.0, 1 / 3
-"""Times the learning rate of transformers, of CNNs and of what was trained before."""
+CNN_RATE = 3.0
+"""Times the learning rate of transformers."""
 SIDE = 32
 """Of the images that rivals see, where the data's are a multiple of it."""
 TEST_BATCH = 500
@@ -69,29 +65,16 @@ class Settings:
     """Whether products are of bfloat16."""
 
 
-def epochs_of(results: Path, name: str) -> tuple[int, int]:
-    """(epochs of teacher and super-network together, those of the latter that were quantization-aware) of a task of mcu_train.py."""
-    found = {row["task"]: row for row in json.loads(results.read_text())["tasks"]}
-    if name not in found:
-        raise SystemExit(f"error: no task {name} in {results}: {', '.join(sorted(found))}\n\nhint: --task names it")
-    teacher, supernet = (found[name]["trainings"][part] for part in ("teacher", "supernet"))
-    aware = 0 if supernet["quantized_from"] is None else round(supernet["epochs"] - supernet["quantized_from"])
-    return round(teacher["epochs"] + supernet["epochs"]), aware
-
-
 @dataclass(frozen=True)
 class Rival:
     """A network that nobody searched for."""
 
     kind: str
-    """`vit`, `cnn` or `searched`."""
+    """`vit` or `cnn`."""
     sizes: Mapping[str, Any]
-    """Of a searched one the `Shape` of its program."""
 
     @property
     def text(self) -> str:
-        if self.kind == "searched":
-            return sizes_of(msgspec.convert(self.sizes, Shape))
         return ", ".join(f"{name} {value}" for name, value in self.sizes.items())
 
 
@@ -102,9 +85,6 @@ RIVALS = {
     "cnn-64k": Rival("cnn", {"stem": 16, "blocks": [[32, 2], [64, 1], [64, 1], [128, 2], [128, 1]]}),
 }
 """Uniform transformers that fill most of the flash of their budget; CNNs of a stem and (channels, stride) of depthwise blocks."""
-ONWARD = "onward-"
-"""What the names of searched networks begin with that are trained on, before a budget."""
-
 
 # ---------------------------------------------------------------------------------------------- networks
 
@@ -171,8 +151,6 @@ def depthwise_cnn(channels: int, stem: int, blocks: Sequence[Sequence[int]], cla
 
 def untrained(rival: Rival, image: tuple[int, int, int], classes: int) -> nn.Module:
     """The module that is trained; `image`: height, width, channels."""
-    if rival.kind == "searched":
-        return Vit(msgspec.convert(rival.sizes, Shape))
     if rival.kind == "vit":
         return Vit(Shape.uniform(image, classes=classes, **rival.sizes))
     return depthwise_cnn(image[2], classes=classes, **rival.sizes)
@@ -191,35 +169,6 @@ def network(
         return replace(convolutional.of_torch(module, samples.image, mean, deviation), pool=pool), module
     parameters = {name: value.detach().double().numpy() for name, value in module.named().items()}
     return calibrated.Network(module.shape, parameters, EPSILON, mean=tuple(mean), deviation=tuple(deviation), pool=pool), module
-
-
-def sizes_of(shape: Shape) -> str:
-    """In words: `32 x 32, patch 4, width 96, 3 layers, heads 3 3 2, hidden 192 160 192, rank 0 0 32`."""
-    rows = {name: [getattr(layer, name) for layer in shape.layers] for name in ("heads", "hidden", "rank")}
-    lists = ", ".join(f"{name} {' '.join(map(str, values))}" for name, values in rows.items() if any(values))
-    return f"{shape.image[0]} x {shape.image[1]}, patch {shape.patch}, width {shape.width}, {len(shape.layers)} layers, {lists}"
-
-
-def digest_of(parameters: Mapping[str, Any]) -> str:
-    """Of arrays or tensors by name."""
-    arrays = ((name, np.ascontiguousarray(parameters[name], np.float32).tobytes()) for name in sorted(parameters))
-    return hashlib.sha256(b"".join(name.encode() + values for name, values in arrays)).hexdigest()[:16]
-
-
-def store_start(own: calibrated.Network, path: Path) -> None:
-    """A searched network, for its training to go on."""
-    tensors = {name.replace(".", "/"): torch.from_numpy(np.ascontiguousarray(value, np.float32)) for name, value in own.parameters.items()}
-    save_file(tensors, path, {"shape": msgspec.json.encode(own.shape).decode(), "start": digest_of(own.parameters)})
-
-
-def start_of(name: str, folder: Path | None) -> tuple[Path, dict[str, str]]:
-    """File of a searched network, and what was stored with it."""
-    path = None if folder is None else folder / f"{name}.start.safetensors"
-    if path is None or not path.is_file():
-        found = f"there is no {path}" if path else "nothing is given"
-        raise SystemExit(f"error: {name} goes on from a network, and {found}\n\nhint: --starts FOLDER, of `mcu.py --starts --runs FOLDER`")
-    with safe_open(path, "pt") as stored:
-        return path, dict(stored.metadata())
 
 
 def facts(path: Path) -> dict[str, Any]:
@@ -328,27 +277,17 @@ def predicted(module: nn.Module, samples: Samples, pixels: np.ndarray[Any, Any],
     return np.concatenate([module(normalized(part.to(device))).argmax(1).cpu().numpy() for part in parts])
 
 
-def make(name: str, folder: Path, out: Path, settings: Settings, device: str, starts: Path | None = None) -> str:
+def make(name: str, folder: Path, out: Path, settings: Settings, device: str) -> str:
     """Trains one rival and stores it, unless it is there; what was done."""
     torch.set_num_threads(1)
-    start, begun = None, {}
-    if name.startswith(ONWARD):
-        start, begun = start_of(name, starts)
-        rival = Rival("searched", json.loads(begun["shape"]))
-        settings = replace(settings, learning_rate=ONWARD_RATE * settings.learning_rate)
-    else:
-        rival = RIVALS[name]
-    samples, path = Samples.of_folder(folder), out / f"{name}.safetensors"
+    rival, samples, path = RIVALS[name], Samples.of_folder(folder), out / f"{name}.safetensors"
     if rival.kind == "cnn":
         settings = replace(settings, learning_rate=CNN_RATE * settings.learning_rate, aware_epochs=0)
     key = json.loads(json.dumps({"settings": asdict(settings), "sizes": dict(rival.sizes), "data": samples.digest}))
-    key |= {"start": begun["start"]} if begun else {}
     if path.is_file() and {part: facts(path).get(part) for part in key} == key:
         return f"{name}: there already"
     torch.manual_seed(settings.seed)
     module = untrained(rival, samples.image, samples.classes)
-    if start:
-        module.load_state_dict(load_file(start))
     began = time.monotonic()
     accuracy = train(module, samples, settings, device, lambda text: print(f"{name}: {text}", file=sys.stderr, flush=True))
     named = torch.cuda.get_device_name() if device == "cuda" else device
@@ -362,29 +301,22 @@ def make(name: str, folder: Path, out: Path, settings: Settings, device: str, st
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = (*RIVALS, *(f"{ONWARD}{name.partition('-')[2]}" for name in RIVALS if name.startswith("hand-")))
     parser.add_argument("--data", type=Path, required=True, help="a prepared data folder")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", choices=names, default=list(RIVALS), metavar="NAME", help=", ".join(names))
+    parser.add_argument("--only", nargs="+", choices=RIVALS, default=list(RIVALS), metavar="NAME", help=", ".join(RIVALS))
     parser.add_argument("--epochs", type=int, default=Settings.epochs)
     parser.add_argument("--aware-epochs", type=int, default=-1, help="of these, the last, quantization-aware; default: a tenth")
-    parser.add_argument("--as", dest="results", type=Path, help="results.json of mcu_train.py, whose epochs are taken")
-    parser.add_argument("--task", default="", help="of these results; default: the name of the folder that has the data folder")
     parser.add_argument("--batch", type=int, default=Settings.batch)
     parser.add_argument("--rate", type=float, default=Settings.learning_rate, help="peak learning rate of transformers")
-    parser.add_argument("--starts", type=Path, help="folder of NAME.start.safetensors, which searched networks are trained on from")
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     given = parser.parse_args(arguments)
-    epochs, aware = given.epochs, given.aware_epochs
-    if given.results:
-        epochs, aware = epochs_of(given.results, given.task or given.data.resolve().parent.name)
+    aware = round(0.1 * given.epochs) if given.aware_epochs < 0 else given.aware_epochs
     settings = Settings(
-        epochs=epochs, aware_epochs=round(0.1 * epochs) if aware < 0 else aware, seed=given.seed, batch=given.batch,
-        learning_rate=given.rate, half=given.device == "cuda",
-    )  # fmt: skip
-    work = [(name, given.data, given.out, settings, given.device, given.starts) for name in given.only]
+        epochs=given.epochs, aware_epochs=aware, seed=given.seed, batch=given.batch, learning_rate=given.rate, half=given.device == "cuda"
+    )
+    work = [(name, given.data, given.out, settings, given.device) for name in given.only]
     if given.jobs == 1:
         for one in work:
             print(make(*one), flush=True)

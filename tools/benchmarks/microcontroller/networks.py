@@ -32,13 +32,12 @@ from nascompile.settings import Recipe
 
 DEVICES = {"320k": "stm32f746", "64k": "m7_64k"}
 """Budget ▸ device whose RAM and flash it is: 320 KB and 1 MB, 64 KB and 256 KB."""
-KINDS = ("searched", "onward", "hand", "cnn")
-"""What a run has built; that network trained on by itself; what nobody searched for."""
+KINDS = ("searched", "hand", "cnn")
+"""What a run has built, and what nobody searched for."""
 SHARES = (1.0, 0.9999, 0.999)
 """Of a tensor's calibration values that its range covers at each end: the best on validation is taken."""
 CALIBRATION_BATCH, VALIDATION = 32, 1000
 """Images at a time, and those that ranges are compared on."""
-ONWARD_COMMANDS = "mcu.py --starts --runs FOLDER, then mcu_rivals.py --only onward-… --starts FOLDER"
 Classes = npt.NDArray[np.int64]
 
 
@@ -68,8 +67,6 @@ def found(kind: str, budget: str, runs: Path, jobs: int) -> Network:
     if kind == "searched":
         return _searched(name, runs / name, budget)
     path = runs / f"{name}.safetensors"
-    if kind == "onward" and not path.is_file():
-        raise Missing(f"{path}: {ONWARD_COMMANDS}")
     if not path.is_file():
         raise Missing(f"{path}: python tools/benchmarks/mcu_rivals.py --data {runs}/searched-{budget}/data --out {runs} --only {name}")
     return _rival(name, path, data_folder(budget, runs), budget, jobs)
@@ -94,14 +91,7 @@ def _rival(name: str, path: Path, folder: Path, budget: str, jobs: int) -> Netwo
     settings = data.open_split(folder, "calibration", "ranges of a rival").preprocessor.settings
     byte = 255 * settings.rescale  # of a pixel from 0 to 1, of which mean and deviation are
     mean, deviation = (tuple(value / byte for value in values) for values in (settings.mean, settings.std))
-    if name.startswith(mcu_rivals.ONWARD):
-        with _known(DEVICES[budget]):
-            begun = mcu_rivals.digest_of(Chosen.of(folder.parent).own.parameters)
-        if trained["start"] != begun:
-            raise Missing(f"{path} was trained on from another network than that of {folder.parent}: {ONWARD_COMMANDS}")
-        rival = mcu_rivals.Rival("searched", trained["sizes"])
-    else:
-        rival = mcu_rivals.RIVALS[name]
+    rival = mcu_rivals.RIVALS[name]
     own, module = mcu_rivals.network(rival, path, samples, mean, deviation)
     facts = {
         "parameters": sum(value.numel() for value in module.parameters()), "epochs": trained["settings"]["epochs"],
@@ -124,43 +114,18 @@ def _known(device: str) -> Iterator[None]:
         yield
 
 
-def store_start(budget: str, runs: Path) -> Path:
-    """What mcu_rivals.py trains on: the network that a finished run has chosen. Missing where there is none."""
-    data_folder(budget, runs)
-    path = runs / f"{mcu_rivals.ONWARD}{budget}.start.safetensors"
-    with _known(DEVICES[budget]):
-        mcu_rivals.store_start(Chosen.of(runs / f"searched-{budget}").own, path)
-    return path
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The engine that a run has chosen, and what it was made of."""
-
-    context: pipeline.Context
-    engine: Path
-    manifest: EngineManifest
-    source: build.Source
-    own: calibrated.Network
-
-    @classmethod
-    def of(cls, run: Path) -> Chosen:
-        context = pipeline.Context(load(run / "recipe.json", Recipe), run, Silent(), pipeline.Given())
-        engine = run / "engines" / load(run / "choice.json", Choice).engine
-        manifest = load(engine / "manifest.json", EngineManifest)
-        source = context.source_of(manifest)
-        assert manifest.candidate is not None
-        return cls(context, engine, manifest, source, source.evaluator.network(manifest.candidate))
-
-
 def _of_run(name: str, run: Path, device: str) -> Network:
-    chosen = Chosen.of(run)
-    context, manifest, own = chosen.context, chosen.manifest, chosen.own
+    context = pipeline.Context(load(run / "recipe.json", Recipe), run, Silent(), pipeline.Given())
+    engine = run / "engines" / load(run / "choice.json", Choice).engine
+    manifest = load(engine / "manifest.json", EngineManifest)
+    source = context.source_of(manifest)
+    assert manifest.candidate is not None
+    own = source.evaluator.network(manifest.candidate)
 
     def program(calibration: Split, validation: Split) -> tuple[Program, str]:
         assert manifest.candidate is not None
         with _known(device):
-            lowered: Program = build.lower(context.parts, chosen.source, manifest.candidate)
+            lowered: Program = build.lower(context.parts, source, manifest.candidate)
         return lowered, context.method
 
     places = (context.model_folder, run / "teacher", run / "supernet", context.folder_of(context.built_from(manifest)))
@@ -169,11 +134,18 @@ def _of_run(name: str, run: Path, device: str) -> Network:
     facts = {
         "parameters": manifest.parameters, "epochs": sum(log.epochs for log in trained),
         "quantization_aware_epochs": sum(log.epochs - log.quantized_from for log in trained if log.quantized_from is not None),
-        "engine": chosen.engine.name,
+        "engine": engine.name,
     }  # fmt: skip
     depends = (digest(load(run / "choice.json", Choice)), digest(manifest), context.manifest.digest)
     classes = partial(_float, own, context.parts.preprocessor.scaling())
-    return Network(name, mcu_rivals.sizes_of(own.shape), program, classes, depends, facts, chosen.engine)
+    return Network(name, sizes_of(own.shape), program, classes, depends, facts, engine)
+
+
+def sizes_of(shape: transformer.Shape) -> str:
+    """In words: `32 x 32, patch 4, width 96, 3 layers, heads 3 3 2, hidden 192 160 192, rank 0 0 32`."""
+    rows = {name: [getattr(layer, name) for layer in shape.layers] for name in ("heads", "hidden", "rank")}
+    lists = ", ".join(f"{name} {' '.join(map(str, values))}" for name, values in rows.items() if any(values))
+    return f"{shape.image[0]} x {shape.image[1]}, patch {shape.patch}, width {shape.width}, {len(shape.layers)} layers, {lists}"
 
 
 @torch.no_grad()
