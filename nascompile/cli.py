@@ -473,7 +473,8 @@ def _print_plan(recipe: Recipe, out: Path, as_json: bool) -> None:
 
     rows = pipeline.plan(recipe, out)
     left = [row for row in rows if not row["done"]]
-    total = {unit: sum(row[unit] or 0.0 for row in left) for unit in ("minutes", "disk_mb")}
+    known = {unit: [row[unit] for row in left if row[unit] is not None] for unit in ("minutes", "disk_mb")}
+    total = {unit: sum(values) if values or not left else None for unit, values in known.items()}
     if as_json:
         return _print_json({"run": str(out), "recipe": msgspec.to_builtins(recipe), "stages": rows, **total})
     cells = [

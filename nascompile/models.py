@@ -54,11 +54,11 @@ def read_config(folder: Path) -> Any:
         raise ModelError(f"damaged config.json in {folder}", detail=str(error), hint="download or save the model again") from error
     kind = content.get("model_type", "")
     family = family_of(kind)
+    hint = "take a model without that, or change its config.json where the weights allow it"
     if own := getattr(family, "config_class", None):
+        hint = "docs/mcu_vit.md has the entries of its config.json"
         if faults := _misread(own, content):
-            raise ModelError(
-                f"config.json in {folder} cannot be meant so", detail="\n".join(faults), hint="docs/mcu_vit.md has its entries"
-            )
+            raise ModelError(f"config.json in {folder} cannot be meant so", detail="\n".join(faults), hint=hint)
         config: Any = own.from_pretrained(folder)
     elif kind == "nascompile-toy":
         from nascompile.families.toy import ToyConfig
@@ -69,7 +69,7 @@ def read_config(folder: Path) -> Any:
 
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if reason := family.unsupported(config):
-        raise ModelError(f"the {family.name} family cannot take {folder}: {reason}")
+        raise ModelError(f"the {family.name} family cannot take {folder}: {reason}", hint=hint)
     return config
 
 

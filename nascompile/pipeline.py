@@ -992,13 +992,13 @@ def plan(recipe: Recipe, out: Path) -> list[dict[str, Any]]:
         "finetune": f"{f.recipe}: {f.epochs} epochs of the super-network after up to {f.teacher_epochs} of a teacher",
         "search": f"{s.searcher}{', space evolution' * s.space_evolution}: up to {s.evaluations} candidates scored on validation{shared}",
         "build": f"{engines} engines: baseline, uniform INT8, {m.top_k} candidates{each}"
-        + _compared_as(recipe)
-        + f"; each candidate is trained on by itself for {f.candidate_epochs} epochs before" * bool(f.candidate_epochs),
+        + _compared_as(recipe),
         "measure": f"{engines} engines side by side: latency, throughput at batch {', '.join(map(str, m.batches))}, memory, accuracy",
         "rerank": "choose by what was measured, then read test once",
         "report": "HTML, Markdown and JSON",
     }
     what |= (chip := program_runs.planned(recipe))
+    what["build"] += f"; each candidate is trained on by itself for {f.candidate_epochs} epochs before" * bool(f.candidate_epochs)
     size = _weights_megabytes(recipe)
     minutes = {
         "profile": devices * recipe.profile_seconds / 60,

@@ -75,8 +75,9 @@ def test_a_configuration_without_weights_is_a_network_too(tmp_path):
     assert data.load_manifest(out / "data").head == "new"
     assert data.open_split(out / "data", "train").preprocessor.settings.mean == (0.2,)
     (folder / "config.json").write_text(json.dumps(sizes | {"patch_sizes": [5]}))
-    with pytest.raises(ModelError, match=r"the mcu_vit family cannot take .*: image size 16 is not a whole number of patches of 5"):
+    with pytest.raises(ModelError, match=r"cannot take .*: image size 16 is not a whole number of patches of 5") as caught:
         pipeline.run(recipe(str(folder), source), tmp_path / "other", until="data")
+    assert caught.value.hint == "docs/mcu_vit.md has the entries of its config.json"
     (folder / "config.json").write_text("{")
     assert not models.is_description(str(folder))
 

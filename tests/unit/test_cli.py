@@ -557,6 +557,15 @@ def test_the_plan_of_a_finished_run_has_nothing_to_do(inside):
     assert body["minutes"] == body["disk_mb"] == 0
 
 
+def test_a_plan_gives_no_sum_of_what_it_cannot_tell(tmp_path):
+    (tmp_path / "r.toml").write_text('model = "mcu_vit"\ndevice = "stm32f746"\n[finetune]\ncandidate_epochs = 3\n')
+    body = json.loads(invoke("run", "r.toml", "--dry-run", "--json").stdout)
+    assert {row["minutes"] for row in body["stages"]} == {None}
+    assert body["minutes"] is body["disk_mb"] is None
+    [build] = (row["what"] for row in body["stages"] if row["stage"] == "build")
+    assert build.endswith("equal here and in QEMU; each candidate is trained on by itself for 3 epochs before")
+
+
 def test_a_plan_creates_nothing(tmp_path):
     done = invoke("run", "--device", "fake", "--dry-run")
     assert done.exit_code == 0
