@@ -13,7 +13,8 @@ Needs gcc-arm-none-eabi and qemu-system-arm. Cells:
   they replace, fused operators. Each is built; one that the device has no room for, on a larger one.
 - `fashion-320k`, `fashion-64k`: networks for 320 KB of SRAM and 1 MB of flash, and for 64 KB and 256 KB. FOLDER (--runs) holds the runs
   `searched-320k` and `searched-64k` of `nascompile run --device stm32f746` and `--device m7_64k` (whose profile is in this folder), and
-  what mcu_rivals.py has trained: `hand-320k.safetensors`, `cnn-320k.safetensors`. What is not there is said.
+  what mcu_rivals.py has trained: `hand-320k.safetensors`, `cnn-320k.safetensors`. Engines of a run's front that were built by number
+  (`nascompile build RUN --candidate N`) are rows, too. What is not there is said.
 
 Instructions are exact counts in QEMU; cycles and milliseconds are modelled from them; RAM and flash are the linker's. Accuracies of engines
 are computed from their bytes on the whole test split, which are compared between this computer's build, QEMU and the NumPy interpreter on
@@ -108,7 +109,7 @@ class Bench:
             return {"rows": [], "missing": [f"networks for {budget}: --runs names the folder that has them"]}
         rows: list[Any] = []
         missing: list[str] = []
-        for kind in networks.KINDS:
+        for kind in networks.kinds(budget, self.runs):
             try:
                 net = networks.found(kind, budget, self.runs, self.jobs)
             except networks.Missing as error:

@@ -33,7 +33,7 @@ from nascompile.settings import Recipe
 DEVICES = {"320k": "stm32f746", "64k": "m7_64k"}
 """Budget ▸ device whose RAM and flash it is: 320 KB and 1 MB, 64 KB and 256 KB."""
 KINDS = ("searched", "hand", "cnn")
-"""What a run has built, and what nobody searched for."""
+"""What a run has chosen, and what nobody searched for; what it has built besides is called `front-N`."""
 SHARES = (1.0, 0.9999, 0.999)
 """Of a tensor's calibration values that its range covers at each end: the best on validation is taken."""
 CALIBRATION_BATCH, VALIDATION = 32, 1000
@@ -61,11 +61,17 @@ class Network:
     """The folder that a run made of it."""
 
 
+def kinds(budget: str, runs: Path) -> tuple[str, ...]:
+    """Of the networks of a budget, those of the front that were built by number among them."""
+    named = [folder.name.removeprefix("front-") for folder in (runs / f"searched-{budget}" / "engines").glob("front-*")]
+    return (*KINDS, *(f"front-{number}" for number in sorted(int(name) for name in named if name.isdecimal())))
+
+
 def found(kind: str, budget: str, runs: Path, jobs: int) -> Network:
     """Missing where its files are not there."""
     name = f"{kind}-{budget}"
-    if kind == "searched":
-        return _searched(name, runs / name, budget)
+    if kind not in ("hand", "cnn"):
+        return _searched(name, runs / f"searched-{budget}", budget, "" if kind == "searched" else kind)
     path = runs / f"{name}.safetensors"
     if not path.is_file():
         raise Missing(f"{path}: python tools/benchmarks/mcu_rivals.py --data {runs}/searched-{budget}/data --out {runs} --only {name}")
@@ -101,10 +107,10 @@ def _rival(name: str, path: Path, folder: Path, budget: str, jobs: int) -> Netwo
     return Network(name, rival.text, program, partial(mcu_rivals.predicted, module, samples), (file_digest(path), trained["data"]), facts)
 
 
-def _searched(name: str, run: Path, budget: str) -> Network:
+def _searched(name: str, run: Path, budget: str, engine: str) -> Network:
     data_folder(budget, run.parent)
     with _known(DEVICES[budget]):
-        return _of_run(name, run.resolve(), DEVICES[budget])
+        return _of_run(name, run.resolve(), DEVICES[budget], engine)
 
 
 @contextlib.contextmanager
@@ -114,9 +120,10 @@ def _known(device: str) -> Iterator[None]:
         yield
 
 
-def _of_run(name: str, run: Path, device: str) -> Network:
+def _of_run(name: str, run: Path, device: str, chosen: str) -> Network:
+    """Of an engine by its name, or that which the run has chosen."""
     context = pipeline.Context(load(run / "recipe.json", Recipe), run, Silent(), pipeline.Given())
-    engine = run / "engines" / load(run / "choice.json", Choice).engine
+    engine = run / "engines" / (chosen or load(run / "choice.json", Choice).engine)
     manifest = load(engine / "manifest.json", EngineManifest)
     source = context.source_of(manifest)
     assert manifest.candidate is not None
@@ -136,7 +143,7 @@ def _of_run(name: str, run: Path, device: str) -> Network:
         "quantization_aware_epochs": sum(log.epochs - log.quantized_from for log in trained if log.quantized_from is not None),
         "engine": engine.name,
     }  # fmt: skip
-    depends = (digest(load(run / "choice.json", Choice)), digest(manifest), context.manifest.digest)
+    depends = (digest(manifest), context.manifest.digest)
     classes = partial(_float, own, context.parts.preprocessor.scaling())
     return Network(name, sizes_of(own.shape), program, classes, depends, facts, engine)
 
@@ -242,7 +249,7 @@ def measure(net: Network, folder: Path, budget: str, images: int, jobs: int) -> 
     fp32 = 100 * float((net.classes(test.inputs["pixel_values"]) == test.labels).mean())
     engine = _right(outputs, test.labels)
     return {
-        "network": net.name.partition("-")[0], "budget": budget, "sizes": net.sizes, **net.facts, "calibration": ranges,
+        "network": net.name.removesuffix(f"-{budget}"), "budget": budget, "sizes": net.sizes, **net.facts, "calibration": ranges,
         "accuracy_fp32": fp32, "accuracy_engine": engine, "test_images": len(test), **facts,
         **({} if same is None else {"files_equal_to_the_engine_of_the_run": same}),
     }  # fmt: skip
