@@ -241,7 +241,7 @@ def mcu_vit_recipe() -> Recipe:
         device="stm32f746",
         finetune=FinetuneSettings(
             recipe="bignas", teacher_epochs=20, epochs=30, batch_size=128, learning_rate=1e-3, weight_decay=0.05,
-            patience=10, augmentation=("crop", "flip"),
+            patience=10, augmentation=("crop", "flip"), candidate_epochs=10,
         ),
     )  # fmt: skip
 

@@ -92,6 +92,7 @@ def test_the_named_network_has_settings_and_data_of_its_own():
     own = mcu_vit_recipe()
     assert (own.model, own.device, own.finetune.recipe) == ("mcu_vit", "stm32f746", "bignas")
     assert own.finetune.epochs > 10, "it starts from random weights"
+    assert own.finetune.candidate_epochs, "inside a super-network of random weights a small network stays far behind"
     with pytest.raises(DataError, match="no training data"):
         data.image_shape(DataSettings())
 
