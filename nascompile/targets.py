@@ -163,14 +163,16 @@ def make(
     if threads > 1 and profile.core:
         raise RecipeError(f"`{device}` has one core, so there are no {threads} threads", hint="leave --threads out")
     own = {"compute_capability": profile.compute_capability} if profile.compute_capability else {}
-    own |= _board(device, profile) if profile.core or profile.ram or profile.flash else {}
+    own |= _board(device, profile)
     settings = dict(plugins.get("backends", chosen).session()) | own | profile.session | dict(session or {})
     ordered = tuple(sorted(settings.items()))
     return Target(device=device, backend=chosen, workload=workload, threads=threads or profile.threads, session=ordered)
 
 
 def _board(device: str, profile: DeviceProfile) -> dict[str, str]:
-    """Session settings of a microcontroller; RecipeError where the profile contradicts itself or no device can be like that."""
+    """Session settings of a microcontroller, none of another device; RecipeError where the profile contradicts itself or nothing can be so."""
+    if not (profile.core or profile.ram or profile.flash):
+        return {}
     if not profile.core:
         raise RecipeError(f"the profile of `{device}` does not say its core", hint='core = "cortex-m7"')
     if not profile.clock_mhz > 0:
@@ -329,6 +331,7 @@ def _describe(name: str, profiles: Path | None) -> KnownDevice:
     try:
         profile = load_profile(name, profiles)
         plugin: Device = plugins.get("devices", profile.kind)
+        _board(name, profile)
         if profile.transport:
             how = f"not here: `nascompile profile` reaches it by ssh as {address(profile.transport)}"
             return KnownDevice(name, profile.kind, profile.backends, False, how)

@@ -187,6 +187,8 @@ def test_profiles_that_cannot_be(tmp_path, line, instead, says, hint):
     with pytest.raises(RecipeError, match=re.escape(says)) as caught:
         targets.make("mine", "", Workload(), profiles=tmp_path)
     assert hint in caught.value.hint
+    [listed] = [device for device in targets.known(tmp_path) if device.name == "mine"]
+    assert (listed.runs_here, listed.reason) == (False, caught.value.message)
 
 
 def test_memories_that_touch_do_not_overlap(tmp_path):
