@@ -170,7 +170,7 @@ def make(
 
 
 def _board(device: str, profile: DeviceProfile) -> dict[str, str]:
-    """Session settings of a microcontroller, none of another device; RecipeError where the profile contradicts itself or nothing can be so."""
+    """Session settings of a microcontroller, none of another device; RecipeError for a profile that cannot be."""
     if not (profile.core or profile.ram or profile.flash):
         return {}
     if not profile.core:
