@@ -29,7 +29,7 @@ from nascompile.backends import CrossCompiler
 from nascompile.devices import Job
 from nascompile.errors import BudgetError, RecipeError, RecordError, UnsupportedError
 from nascompile.pass_check import PassCheck
-from nascompile.pipeline import DEVICES, EXPLAIN, Context, Given, locked, tuned
+from nascompile.pipeline import DEVICES, EXPLAIN, Context, Given, locked, tuned, was_tested
 from nascompile.program_costs import Chip
 from nascompile.progress import Progress, Silent
 from nascompile.records import EngineManifest, Environment, Evaluation, Explanation, Front, LatencyTable, Target, digest, load, save
@@ -91,9 +91,11 @@ def train_candidate(out: Path, number: int, progress: Progress | None = None) ->
     with locked(out):
         front, e = _of_front(out, number)
         if not recipe.finetune.candidate_epochs:
+            again = "say in its recipe for how many epochs, and search again with that: what is trained and scored stays"
+            anew = "begin a run with that in its recipe: of this one test was read, so the settings that led to its choice stay"
             raise RecipeError(
                 f"candidates of {out} are not trained by themselves: finetune.candidate_epochs is 0",
-                hint="say in its recipe for how many epochs, and search again with that: what is trained and scored stays",
+                hint=anew if was_tested(out) else again,
             )
         context = Context(recipe, out, progress or Silent(), Given())
         context.space, context.model_folder = front.space, out / "supernet"  # nothing outside a copied run folder is looked for

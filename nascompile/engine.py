@@ -174,7 +174,12 @@ def read_manifest(folder: Path) -> EngineManifest:
     """The manifest of an engine folder; RecordError if there is none or it is damaged."""
     if not (folder / MANIFEST).is_file():
         raise RecordError(f"not an engine folder, it has no {MANIFEST}: {folder}", hint="engines are in the `engines` folder of a run")
-    return records.load(folder / MANIFEST, EngineManifest)
+    try:
+        return records.load(folder / MANIFEST, EngineManifest)
+    except RecordError as error:  # no stage writes the manifest of an engine that lies there already
+        if not error.message.startswith("damaged file"):
+            raise
+        raise RecordError(error.message, detail=error.detail, hint="build the engine again") from error
 
 
 def read_sample(folder: Path) -> tuple[Arrays, Arrays]:

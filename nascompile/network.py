@@ -317,7 +317,8 @@ def _chosen(space: SearchSpace, point: Candidate, segment: Segment, backend: Bac
         wanted = INT8 if backend.supports(FLOAT32) and not backend.supports(INT8) else FLOAT32
     chosen: Precision = getattr(backend, "counterparts", {}).get(wanted.name, wanted)
     if reason := backend.supports(chosen):
-        raise UnsupportedError(f"`{backend.name}` cannot run {segment.name} in {chosen.name}: {reason}")
+        hint = "" if precision == AS_SEARCHED else "leave --precision out for what was searched"
+        raise UnsupportedError(f"`{backend.name}` cannot run {segment.name} in {chosen.name}: {reason}", hint=hint)
     return chosen
 
 

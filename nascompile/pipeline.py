@@ -927,7 +927,7 @@ class Context:
         baseline = self._float_score(self.split("validation", "the float network's score")) if self.chip else None
         choice = rerank.choose(manifests, measured, self.bounds, self.recipe.measure.safety, self._there(), baseline)
         path = self.out / "choice.json"
-        if path.is_file() and _test_was_read(self.out) and load(path, Choice) != choice:
+        if path.is_file() and was_tested(self.out) and load(path, Choice) != choice:
             raise DataError(
                 f"test was already read for another choice: {load(path, Choice).engine} in {path}", detail=f"this choice: {choice.engine}",
                 hint="a test result chosen between is no test result: start a new run with another --out",
@@ -1091,7 +1091,7 @@ def _keep_recipe(recipe: Recipe, out: Path) -> None:
             if (out / "stages" / "data.json").is_file():
                 raise RecipeError(f"{out} holds another run", detail=faults, hint="give another --out, or the same settings")
             _discard(out, ("model",))  # nothing was done yet, but a model may have been stored
-        if (faults := _differences(before, recipe, DECIDING)) and _test_was_read(out):
+        if (faults := _differences(before, recipe, DECIDING)) and was_tested(out):
             raise RecipeError(
                 f"test was read for the choice in {out}: the settings that led to it cannot change any more", detail=faults,
                 hint="a test result chosen between is no test result: start a new run with another --out",
@@ -1101,8 +1101,15 @@ def _keep_recipe(recipe: Recipe, out: Path) -> None:
 
 def _differences(before: Recipe, now: Recipe, names: tuple[str, ...]) -> str:
     """One line per setting that is not what it was."""
-    pairs = [(name, *(_deciding(recipe, name) for recipe in (before, now))) for name in names]
-    return "\n".join(f"{name}: {old} there, {new} asked for" for name, old, new in pairs if old != new)
+    found = []
+    for name in names:
+        old, new = (_deciding(recipe, name) for recipe in (before, now))
+        fields = getattr(old, "__struct_fields__", ())
+        pairs = [(f"{name}.{field}", getattr(old, field), getattr(new, field)) for field in fields] or [(name, old, new)]
+        found += [
+            f"{what}: {there or repr(there)} there, {asked or repr(asked)} asked for" for what, there, asked in pairs if there != asked
+        ]
+    return "\n".join(found)
 
 
 def _deciding(recipe: Recipe, name: str) -> Any:
@@ -1112,7 +1119,8 @@ def _deciding(recipe: Recipe, name: str) -> Any:
     return msgspec.structs.replace(recipe.search, **{idle: getattr(SearchSettings(), idle) for idle in IDLE})
 
 
-def _test_was_read(out: Path) -> bool:
+def was_tested(out: Path) -> bool:
+    """Whether a choice was made in a run folder and its test scores were read: what led to it cannot change any more."""
     return any(entry["split"] == "test" for entry in data.accesses(out / "data"))
 
 

@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,6 +24,8 @@ LOCAL = "cpu"
 SIMULATED = "fake"
 AUTO = "auto"
 """In place of a backend: engines are built with every one that runs here. What is searched and tabled is the first of them."""
+MEMORY = '["0x20000000:327680"]'
+"""How a profile says where a microcontroller's memory is."""
 
 
 class DeviceProfile(Record, frozen=True):
@@ -160,24 +163,53 @@ def make(
     if threads > 1 and profile.core:
         raise RecipeError(f"`{device}` has one core, so there are no {threads} threads", hint="leave --threads out")
     own = {"compute_capability": profile.compute_capability} if profile.compute_capability else {}
-    own |= _board(device, profile) if profile.core else {}
+    own |= _board(device, profile)
     settings = dict(plugins.get("backends", chosen).session()) | own | profile.session | dict(session or {})
     ordered = tuple(sorted(settings.items()))
     return Target(device=device, backend=chosen, workload=workload, threads=threads or profile.threads, session=ordered)
 
 
 def _board(device: str, profile: DeviceProfile) -> dict[str, str]:
-    """Session settings of a microcontroller; RecipeError where the profile contradicts itself."""
+    """Session settings of a microcontroller, none of another device; RecipeError for a profile that cannot be."""
+    if not (profile.core or profile.ram or profile.flash):
+        return {}
+    if not profile.core:
+        raise RecipeError(f"the profile of `{device}` does not say its core", hint='core = "cortex-m7"')
     if not profile.clock_mhz > 0:
         raise RecipeError(f"the profile of `{device}` does not say its clock_mhz: {profile.clock_mhz:g}", hint="clock_mhz = 216.0")
-    sizes = [text.rpartition(":")[2] for text in (*profile.ram, profile.flash)]
-    if not all(size.isdecimal() for size in sizes) or not profile.ram:
-        raise RecipeError(f"the memory of `{device}` cannot be read", hint='ram = ["0x20000000:327680"], flash = "0x08000000:1048576"')
-    ram, flash = sum(map(int, sizes[:-1])), int(sizes[-1])
+    memories = [_memory(device, text) for text in (*profile.ram, profile.flash)]
+    if not profile.ram:
+        raise RecipeError(f"the profile of `{device}` does not say its ram", hint=f"ram = {MEMORY}")
+    ram, flash = sum(size for _, size in memories[:-1]), memories[-1][1]
     if (ram, flash) != (profile.ram_bytes, profile.flash_bytes):
         said = f"ram_bytes {profile.ram_bytes}, flash_bytes {profile.flash_bytes}"
-        raise RecipeError(f"the profile of `{device}` contradicts itself: {said}, but its memories have {ram} and {flash}")
+        raise RecipeError(
+            f"the profile of `{device}` contradicts itself: {said}, but its memories have {ram} and {flash}",
+            hint=f"ram_bytes = {ram} and flash_bytes = {flash}, or other sizes in ram and flash",
+        )
+    ordered = sorted(memories)
+    if shared := [(one, other) for one, other in pairwise(ordered) if sum(one) > other[0]]:
+        (one, _), (other, _) = shared[0]
+        raise RecipeError(
+            f"memories of `{device}` overlap: that at 0x{one:08X} reaches that at 0x{other:08X}",
+            hint="its reference manual has the memory map",
+        )
     return {"core": profile.core, "clock_mhz": f"{profile.clock_mhz:g}", "ram": ",".join(profile.ram), "flash": profile.flash}
+
+
+def _memory(device: str, text: str) -> tuple[int, int]:
+    """(address, bytes) of `ADDRESS:BYTES`."""
+    origin, _, size = text.partition(":")
+    try:
+        found = int(origin, 0), int(size, 0)
+    except ValueError:
+        found = -1, 0
+    if found[0] < 0 or found[1] <= 0 or sum(found) > 1 << 32:
+        raise RecipeError(
+            f"a memory of `{device}` cannot be read: {text!r}",
+            hint=f'ADDRESS:BYTES within 32 bits: ram = {MEMORY}, flash = "0x08000000:1048576"',
+        )
+    return found
 
 
 def time_unit(target: Target) -> str:
@@ -299,6 +331,7 @@ def _describe(name: str, profiles: Path | None) -> KnownDevice:
     try:
         profile = load_profile(name, profiles)
         plugin: Device = plugins.get("devices", profile.kind)
+        _board(name, profile)
         if profile.transport:
             how = f"not here: `nascompile profile` reaches it by ssh as {address(profile.transport)}"
             return KnownDevice(name, profile.kind, profile.backends, False, how)

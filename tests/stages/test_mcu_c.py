@@ -358,6 +358,23 @@ def test_the_host_build_is_clean_under_sanitizers(tmp_path, written):
     assert found.outputs.tobytes() == b"".join(interpreter.run(program, image).tobytes() for image in images(ODD, 2))
 
 
+def test_the_sanitizers_of_the_documentation_end_with_an_error(tmp_path, written):
+    """Without -fno-sanitize-recover an overflow is a line on stderr and make succeeds."""
+    written(transformer.build("odd", ODD, transformer.RandomNumbers(1), "blocks"), board_of("stm32f746"))
+    text = (Path(__file__).parents[2] / "docs" / "microcontroller.md").read_text("utf-8")
+    [flags] = re.findall(r'make host SANITIZE="([^"]+)"', text)
+    path, good = tmp_path / "model.c", (tmp_path / "model.c").read_text()
+    toolchain.make(tmp_path, "host", f"SANITIZE={flags}")
+    for fault, says in (
+        ("volatile int32_t most = 2147483647; most = most + 1;", "signed integer overflow"),
+        ("volatile int8_t few[4] = {0}; volatile int at = 4; few[at] = few[0];", "out of bounds"),
+    ):
+        path.write_text(good.replace("NC_MARK(0);", f"{{ {fault} }} NC_MARK(0);"))
+        with pytest.raises(UnsupportedError) as caught:
+            toolchain.make(tmp_path, "host", f"SANITIZE={flags}")
+        assert says in caught.value.detail
+
+
 def test_samples_larger_than_the_image_are_averaged(tmp_path, written):
     board, program = board_of("stm32f746"), transformer.build("odd", ODD, transformer.RandomNumbers(1), "blocks")
     pixels = programs.Pixels(scale=(50.0, 51.0, 52.0), offset=(1.0, 2.0, 3.0), pool=2)

@@ -315,6 +315,10 @@ def test_what_test_was_read_for_cannot_change(finished: Path, quick: Recipe, tmp
     with pytest.raises(RecipeError, match="test was read") as caught:
         pipeline.run(changed(quick, "budgets", max_drop=1.0), run)
     assert "--out" in caught.value.hint
+    assert caught.value.detail.splitlines() == [f"budgets.max_drop: {quick.budgets.max_drop} there, 1.0 asked for"], "no other setting"
+    with pytest.raises(RecipeError) as caught:  # nor is that what it advises
+        beside.train_candidate(run, 1)
+    assert caught.value.hint.startswith("begin a run with that in its recipe")
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
     pipeline.run(quick, run)
 
@@ -507,5 +511,6 @@ def test_a_mistake_before_anything_is_done_binds_nobody(quick: Recipe, toy_csv: 
     with pytest.raises(DataError, match="no such column"):
         pipeline.run(wrong, Path("run"), until="data")
     pipeline.run(with_file(quick), Path("run"), until="data")
-    with pytest.raises(RecipeError, match="holds another run"):
+    with pytest.raises(RecipeError, match="holds another run") as caught:
         pipeline.run(wrong, Path("run"), until="data")
+    assert caught.value.detail == "data.label_column: '' there, nope asked for"

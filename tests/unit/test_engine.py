@@ -122,6 +122,17 @@ def test_wrong_outputs_are_found_even_if_every_hash_fits(folder, parts, backend)
         engine.verify(folder)
 
 
+def test_a_damaged_manifest_is_not_written_again_by_a_stage(folder):
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(RecordError, match="damaged file") as raised:
+        engine.verify(folder)
+    assert raised.value.hint == "build the engine again"
+    (folder / "manifest.json").write_text('{"record": "EngineManifest", "version": 0, "data": {}}')
+    with pytest.raises(RecordError, match="is not a EngineManifest of version") as raised:
+        engine.verify(folder)
+    assert "another version of nascompile" in raised.value.hint
+
+
 def test_no_manifest_is_no_engine(tmp_path):
     with pytest.raises(RecordError, match=r"manifest\.json"):
         engine.load(tmp_path)

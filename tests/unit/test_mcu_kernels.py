@@ -122,19 +122,27 @@ def random_calls(seed, count):
         lambda: conv(rng, size(3, 9), size(3, 9), size(1, 6), size(1, 7), size(1, 3), size(1, 3), size(0, 1)),
         lambda: depthwise(rng, size(3, 9), size(3, 9), size(1, 11), size(1, 3), size(0, 2), table=bool(size(0, 1))),
         lambda: average_pool(rng, size(4, 9), size(4, 9), size(1, 9), size(1, 4), size(1, 3)),
+        lambda: head(rng, size(1, 130), size(1, 21)),
+        lambda: scores(rng, size(1, 9), size(1, 70), size(1, 40)),
+        lambda: weighted(rng, size(1, 9), size(1, 70), size(1, 40)),
+        lambda: softmax(rng, size(1, 9), size(1, 260), float(rng.choice([0.001, 0.02, 0.3])), in_place=bool(size(0, 1))),
+        lambda: lookup(rng, size(1, 90), in_place=bool(size(0, 1)), offset=size(0, 3)),
+        lambda: add(rng, size(1, 90), alias=None if size(0, 1) else size(0, 1), offset=0),
+        lambda: mean(rng, size(1, 90), size(1, 40), gap=size(0, 5)),
     )
     return [makers[i % len(makers)]() for i in range(count)]
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_so_it_does_at_sizes_nobody_chose(seed, host):
-    calls = random_calls(seed, 240)
+    calls = random_calls(seed, 480)
+    assert {call.kernel for call in calls} == set(run.KERNEL_NAMES), "no kernel is left out"
     check(calls, run.on_host(host, calls))
 
 
 @pytest.mark.parametrize("core", sorted(run.CORES))
 def test_so_does_each_core_in_qemu(core, tmp_path, mcu_tools):
-    calls = [call for kernel in run.KERNEL_NAMES for call in calls_of(kernel)] + random_calls(3, 80)
+    calls = [call for kernel in run.KERNEL_NAMES for call in calls_of(kernel)] + random_calls(3, 120)
     results = run.in_qemu(run.build_target(tmp_path, core), calls, core)
     check(calls, results)
     assert min(result.instructions for result in results) > 10

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 import pytest
 
@@ -160,11 +162,40 @@ def test_boards_that_cannot_be(changed, says):
         boards.of_settings("mine", SETTINGS | changed)
 
 
-def test_a_profile_without_a_clock(tmp_path):
-    lines = targets._files(None)["stm32f746"].read_text().splitlines()
-    (tmp_path / "mine.toml").write_text("\n".join(line for line in lines if not line.startswith("clock_mhz")))
-    with pytest.raises(RecipeError, match="`mine` does not say its clock_mhz"):
+@pytest.mark.parametrize(
+    ("line", "instead", "says", "hint"),
+    [
+        ("clock_mhz", "", "`mine` does not say its clock_mhz", "clock_mhz = 216.0"),
+        ("core", "", "`mine` does not say its core", 'core = "cortex-m7"'),
+        ("ram =", "", "`mine` does not say its ram", 'ram = ["0x20000000:327680"]'),
+        ("flash =", "", "a memory of `mine` cannot be read: ''", 'flash = "0x08000000:1048576"'),
+        ("ram =", 'ram = ["0x20000000:-327680"]', "cannot be read: '0x20000000:-327680'", "ADDRESS:BYTES"),
+        ("ram =", 'ram = ["-0x20000000:327680"]', "cannot be read: '-0x20000000:327680'", "ADDRESS:BYTES"),
+        ("ram =", 'ram = ["0xFFFF0000:327680"]', "cannot be read: '0xFFFF0000:327680'", "within 32 bits"),
+        ("ram =", 'ram = ["20000000h:327680"]', "cannot be read: '20000000h:327680'", "ADDRESS:BYTES"),
+        ("ram =", 'ram = ["0x20000000:163840", "0x20010000:163840"]', "that at 0x20000000 reaches that at 0x20010000", "memory map"),
+        ("flash =", 'flash = "0x20000000:1048576"', "memories of `mine` overlap", "memory map"),
+        ("flash_bytes", "flash_bytes = 524288", "flash_bytes 524288, but its memories have 327680 and 1048576", "ram_bytes = 327680"),
+    ],
+)
+def test_profiles_that_cannot_be(tmp_path, line, instead, says, hint):
+    text = targets._files(None)["stm32f746"].read_text()
+    (tmp_path / "mine.toml").write_text(text)
+    assert dict(targets.make("mine", "", Workload(), profiles=tmp_path).session)["core"] == "cortex-m7"
+    lines = [instead if said.startswith(line) else said for said in text.splitlines()]
+    (tmp_path / "mine.toml").write_text("\n".join(lines))
+    with pytest.raises(RecipeError, match=re.escape(says)) as caught:
         targets.make("mine", "", Workload(), profiles=tmp_path)
+    assert hint in caught.value.hint
+    [listed] = [device for device in targets.known(tmp_path) if device.name == "mine"]
+    assert (listed.runs_here, listed.reason) == (False, caught.value.message)
+
+
+def test_memories_that_touch_do_not_overlap(tmp_path):
+    text = targets._files(None)["stm32f746"].read_text()
+    (tmp_path / "mine.toml").write_text(text.replace('["0x20000000:327680"]', '["0x20010000:0x40000", "0x20000000:65536"]'))
+    session = dict(targets.make("mine", "", Workload(), profiles=tmp_path).session)
+    assert boards.of_settings("mine", session).ram_bytes == 327680
 
 
 def test_two_parameters_of_one_name_are_never_taken_for_one(small):

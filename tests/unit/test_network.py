@@ -328,8 +328,9 @@ def test_half_precision_is_half_the_bytes():
 def test_what_the_other_target_cannot_do_is_refused_by_block():
     family, config, target, space = make("toy")
     other = Target(device="other", backend="made-up", workload=target.workload)
-    with pytest.raises(UnsupportedError, match="`made-up` cannot run embedding in fp16: not here"):
+    with pytest.raises(UnsupportedError, match="`made-up` cannot run embedding in fp16: not here") as caught:
         network.retarget(family, config, space, spaces.largest(space), Backend(("fp16",)), other, "fp16")
+    assert caught.value.hint == "leave --precision out for what was searched"
     with pytest.raises(RecipeError, match="unknown precision of a build: int4"):
         network.retarget(family, config, space, spaces.largest(space), Backend(), other, "int4")
 
