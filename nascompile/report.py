@@ -18,6 +18,7 @@ Keys of `report.json`; a section whose records are not there has their names in 
   subject       model, task, metric and device of the recipe
   statistic     which quantile of the latencies is compared with predictions
   time_model    a sentence that says by what model milliseconds follow from counts; empty where they are measured
+  ms            the unit of predictions: ms, or modelled ms
   observed      what latencies of engines are: measured, or simulated or modelled on a device that is
   environment   what must match for numbers to compare, and what is only recorded
   reproduce     recipe and commands
@@ -117,7 +118,7 @@ def closing_table(run: Path) -> Table:
     table = Table(title=f"{run.name}: engines, relative to the baseline", title_justify="left", caption=caption)
     table.add_column("engine")
     latency = f"{_observed(records)} {_statistic(engines)}".strip() + " ms"
-    for name in ("predicted ms", latency, "p50 ms", "samples/s", "speed-up", "size MB", "validation", "test"):
+    for name in (f"predicted {_unit(records)}", latency, "p50 ms", "samples/s", "speed-up", "size MB", "validation", "test"):
         table.add_column(name, justify="right")
     for e in engines:
         table.add_row(
@@ -139,7 +140,7 @@ def _chip_table(records: RunRecords, engines: list[Json]) -> Table:
     table = Table(title=title, title_justify="left", caption="\n".join(filter(None, caption)) or None)
     table.add_column("engine")
     speedup = [f"speed-up over {facts['compared'].removeprefix('the ')}"] if facts["compared"] else []
-    for name in ("predicted ms", "modelled ms", "instructions, counted", *speedup, "RAM", "flash", "stack", "validation", "test"):
+    for name in ("predicted modelled ms", "modelled ms", "instructions, counted", *speedup, "RAM", "flash", "stack", "validation", "test"):
         table.add_column(name, justify="right")
     for e in engines:
         chip, ratio = e["chip"], [_times(e["speedup"])] if speedup else []
@@ -196,7 +197,7 @@ def gather(run: Path) -> Json:
         "summary": _summary(records, engines),
         "name": _name(records),
         "note": str(records.recipe.get("note", "")),
-        "observed": _observed(records), "time_model": _time_model(records),
+        "observed": _observed(records), "time_model": _time_model(records), "ms": _unit(records),
         "statistic": _statistic(engines),
         "subject": {key: records.recipe.get(key) for key in ("model", "task", "metric", "device") if records.recipe.get(key)},
         "headline": _headline(records, engines),
@@ -336,6 +337,11 @@ def _name(records: RunRecords) -> str:
 def _observed(records: RunRecords) -> str:
     """The word for what running the engines showed; no number of a simulator is called measured."""
     return " or ".join(sorted({m.latency.kind for m in records.measurements.values()})) or "measured"
+
+
+def _unit(records: RunRecords) -> str:
+    """The unit of predictions."""
+    return "modelled ms" if _time_model(records) else "ms"
 
 
 def _time_model(records: RunRecords) -> str:

@@ -343,7 +343,9 @@ class McuVit:
                     return f"{tokens(image, patch)} tokens of image {image} and patch {patch} are more than {MOST_TOKENS}"
         for gene, largest in _largest(config).items():
             values = _choices(config)[gene]
-            if values[-1] != largest or values[0] < 1:
+            if values[0] < 1:
+                return f"choices of {gene} are 1 or more, not {_text(values)}"
+            if values[-1] != largest:
                 return f"choices of {gene} {_text(values)} do not end with the largest network's {largest}"
         return ""
 

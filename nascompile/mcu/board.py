@@ -48,6 +48,9 @@ EMULATED_RAM = (0x20000000, 4 << 20)
 """(origin, bytes) of the memory of both emulated boards."""
 LEAST_GUARDED = 32
 """Bytes: what the memory protection unit can tell apart."""
+MOST_GUARDED = 6
+"""Regions of RAM: the unit has eight, and two shut what lies beside."""
+FOR_NETWORKS = "give the part that networks may have: ram, ram_bytes, flash, flash_bytes"
 SHUT, OPEN, READ_ONLY = 0, 3, 6
 """Access of a guarded region, as in memory_map.h."""
 
@@ -104,9 +107,14 @@ def of_settings(device: str, settings: Mapping[str, str]) -> Board:
             f"not a size of RAM of `{device}`: {', '.join(f'{size:,}' for size in uneven)} bytes", hint=f"a multiple of {LEAST_GUARDED}"
         )
     if board.ram_bytes > EMULATED_RAM[1] or flash.size > EMULATED_FLASH[1]:
-        raise UnsupportedError(f"`{device}` has more memory than the emulated board: {EMULATED_RAM[1]:,} bytes of RAM and of flash")
+        raise UnsupportedError(
+            f"`{device}` has more memory than the emulated board: {EMULATED_RAM[1]:,} bytes of RAM and of flash", hint=FOR_NETWORKS
+        )
     if stack % 8 or stack < 512:
         raise UnsupportedError(f"not a size of a stack: stack_bytes = {stack}", hint="a multiple of 8, at least 512")
+    if stack >= ram[-1].size:
+        said = f"a stack of {stack:,} bytes does not fit the {ram[-1].size:,} of RAM that it lies in"
+        raise UnsupportedError(f"{said}, of `{device}`", hint=f"stack_bytes: {STACK_BYTES} unless the profile says otherwise")
     return board
 
 
@@ -153,9 +161,14 @@ def guard_regions(board: Board) -> tuple[tuple[int, int, int], ...]:
         size = min(size, (at & -at) if at != EMULATED_RAM[0] else size)
         found.append((at, size.bit_length() - 1, OPEN))
         at += size
-    if len(found) > 8:
-        raise UnsupportedError(f"a RAM of {board.ram_bytes:,} bytes cannot be guarded: it is no sum of six powers of two")
-    if len(found) < 8:
+    if len(found) > MOST_GUARDED + 2:
+        nearest = board.ram_bytes
+        while nearest.bit_count() > MOST_GUARDED:
+            nearest &= nearest - 1
+        raise UnsupportedError(
+            f"a RAM of {board.ram_bytes:,} bytes cannot be guarded: it is no sum of six powers of two", hint=f"{nearest:,} bytes can be"
+        )
+    if len(found) < MOST_GUARDED + 2:
         found.append((EMULATED_FLASH[0], 28, READ_ONLY))
     return tuple(found)
 

@@ -52,7 +52,7 @@
         hoverinfo: "text",
       });
     }
-    return [traces, layout({xaxis: axis("latency of one call, ms", {rangemode: "normal"}), yaxis: axis(`${text(metric)} on validation${unit}`)})];
+    return [traces, layout({xaxis: axis(`latency of one call, ${facts.ms}`, {rangemode: "normal"}), yaxis: axis(`${text(metric)} on validation${unit}`)})];
   }
 
   const device = number => () => {
@@ -86,7 +86,7 @@
     if (p.engines.length) traces.push(trace("engines of this run", p.engines, {
       size: p.engines.map(r => r.chosen ? 16 : 11), symbol: p.engines.map(r => MARKS[mark(r)]), color: colour("accent"), opacity: 1, line: {width: 1.5, color: colour("accent")},
     }, colour("accent")));
-    return [traces, layout({xaxis: axis("predicted, ms"), yaxis: axis(`${observed}, ms`)})];
+    return [traces, layout({xaxis: axis(`predicted, ${facts.ms}`), yaxis: axis(`${observed}, ms`)})];
   }
 
   function agreement() {
@@ -119,7 +119,7 @@
       type: "scatter", mode: "markers", name: `whole engine, ${observed}`, x: measured.map(e => e.measured_ms), y: measured.map(e => text(e.title)),
       marker: {symbol: "diamond", size: 12, color: colour("ink"), line: {width: 2, color: colour("card")}}, hovertext: measured.map(e => `<b>${text(e.title)}</b><br>${observed} ${ms(e.measured_ms)}`), hoverinfo: "text",
     });
-    return [traces, layout({barmode: "stack", bargap: 0.35, xaxis: axis("predicted ms of one call", {rangemode: "tozero"}), yaxis: axis("", {autorange: "reversed", showgrid: false, type: "category"}), margin: {l: 20, r: 12, t: 10, b: 48}, ...(narrow() ? {legend: {orientation: "h", x: 0, xref: "container", y: 0, yref: "container", yanchor: "bottom", font: {color: colour("ink")}}} : {})})];
+    return [traces, layout({barmode: "stack", bargap: 0.35, xaxis: axis(`predicted ${facts.ms} of one call`, {rangemode: "tozero"}), yaxis: axis("", {autorange: "reversed", showgrid: false, type: "category"}), margin: {l: 20, r: 12, t: 10, b: 48}, ...(narrow() ? {legend: {orientation: "h", x: 0, xref: "container", y: 0, yref: "container", yanchor: "bottom", font: {color: colour("ink")}}} : {})})];
   }
 
   function search() {
@@ -159,7 +159,7 @@
         hovertext: rows.map(t => `<b>${text(t.title)}</b><br>${wrap(t.change)}<br>${t.points >= 0 ? "loses" : "gains"} ${fixed(Math.abs(t.points), 2)} points` + (t.spread === null ? " (scored)" : ` ± ${fixed(t.spread, 2)} (predicted)`) + t.ms.map((v, i) => `<br>saves ${fixed(v, 3)} ms${text(x.targets[i])} (table)`).join("")), hoverinfo: "text",
       });
     }
-    return [traces, layout({xaxis: axis(`ms saved${text(x.targets[0])} (table)`, {rangemode: "tozero"}), yaxis: axis(`${text(x.metric)} lost, points`)})];
+    return [traces, layout({xaxis: axis(`${facts.ms} saved${text(x.targets[0])} (table)`, {rangemode: "tozero"}), yaxis: axis(`${text(x.metric)} lost, points`)})];
   }
 
   const charts = {front, prediction, agreement, operators, search, genes, thinned};

@@ -359,10 +359,10 @@ def test_the_host_build_is_clean_under_sanitizers(tmp_path, written):
 
 
 def test_the_sanitizers_of_the_documentation_end_with_an_error(tmp_path, written):
-    """Without -fno-sanitize-recover an overflow is a line on stderr and make succeeds."""
+    """Without -fno-sanitize-recover an overflow would be a line on stderr, and make would succeed."""
     written(transformer.build("odd", ODD, transformer.RandomNumbers(1), "blocks"), board_of("stm32f746"))
     text = (Path(__file__).parents[2] / "docs" / "microcontroller.md").read_text("utf-8")
-    [flags] = re.findall(r'make host SANITIZE="([^"]+)"', text)
+    [flags] = re.findall(r"`make host SANITIZE=([^`]+)`", text)
     path, good = tmp_path / "model.c", (tmp_path / "model.c").read_text()
     toolchain.make(tmp_path, "host", f"SANITIZE={flags}")
     for fault, says in (

@@ -78,6 +78,9 @@ def test_a_configuration_without_weights_is_a_network_too(tmp_path):
     with pytest.raises(ModelError, match=r"cannot take .*: image size 16 is not a whole number of patches of 5") as caught:
         pipeline.run(recipe(str(folder), source), tmp_path / "other", until="data")
     assert caught.value.hint == "docs/mcu_vit.md has the entries of its config.json"
+    (folder / "config.json").write_text(json.dumps(sizes | {"hidden_size": -32}))
+    with pytest.raises(ModelError, match=r"choices of hidden are 1 or more, not .*-32"):
+        pipeline.run(recipe(str(folder), source), tmp_path / "other", until="data")
     (folder / "config.json").write_text("{")
     assert not models.is_description(str(folder))
 

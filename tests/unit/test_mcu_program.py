@@ -143,6 +143,13 @@ def test_below_the_stack_of_the_emulated_board_there_is_nothing():
     assert (0, 28, boards.READ_ONLY) in guarded
 
 
+def test_a_ram_that_cannot_be_guarded_names_one_that_can():
+    with pytest.raises(UnsupportedError, match="a RAM of 327,648 bytes cannot be guarded") as caught:
+        boards.guard_regions(with_ram(327648))
+    assert caught.value.hint == "325,632 bytes can be"
+    assert boards.guard_regions(with_ram(325632))
+
+
 SETTINGS = {"core": "cortex-m7", "clock_mhz": "100", "ram": "0x20000000:65536", "flash": "0x08000000:65536"}
 
 
@@ -154,12 +161,15 @@ SETTINGS = {"core": "cortex-m7", "clock_mhz": "100", "ram": "0x20000000:65536", 
         ({"clock_mhz": "nan"}, "clock_mhz = nan"),
         ({"ram": "0x20000000:65530"}, "not a size of RAM of `mine`: 65,530 bytes"),
         ({"ram": "0x20000000:65536,0x10000000:16"}, "not a size of RAM of `mine`: 16 bytes"),
+        ({"ram": "0x20000000:65536,0x10000000:4096", "stack_bytes": "4096"}, "a stack of 4,096 bytes does not fit the 4,096 of RAM"),
+        ({"flash": "0x08000000:8388608"}, "`mine` has more memory than the emulated board"),
     ],
 )
 def test_boards_that_cannot_be(changed, says):
     assert boards.of_settings("mine", SETTINGS).ram_bytes == 65536
-    with pytest.raises(UnsupportedError, match=says):
+    with pytest.raises(UnsupportedError, match=says) as caught:
         boards.of_settings("mine", SETTINGS | changed)
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize(

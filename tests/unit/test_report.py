@@ -188,6 +188,10 @@ def test_modelled_milliseconds_say_by_what_model(run: Path) -> None:
     assert sentence in own_html(html)
     assert sentence in markdown
     assert sentence in facts
+    for page in (own_html(html), markdown):
+        assert len(re.findall("[Pp]redicted(?:<small>)?[ ]?modelled ms", page)) >= 3, "tables of engines, of the front, of blocks"
+        assert not re.findall("[Pp]redicted(?:<small>)?[ ]?ms", page)
+    assert any(str(column.header) == "predicted modelled ms" for column in closing_table(run).columns)
     table = closing_table(run)
     assert table.caption == sentence
     assert any(str(column.header).startswith("modelled ") for column in table.columns)
