@@ -49,7 +49,7 @@ def build_candidate(
     """
     wanted = targets.Named.parse(device) if device else targets.Named("")
     device, backend = wanted.device, backend or wanted.backend
-    recipe = load(out / "recipe.json", Recipe)  # before the lock, which would make the folder
+    recipe = _of_searched(out)
     if tune_session is not None:
         recipe = tuned(recipe, tune_session)
     with locked(out):
@@ -87,7 +87,7 @@ def train_candidate(out: Path, number: int, progress: Progress | None = None) ->
 
     Neither the device nor the model need be here: a copy of the run folder can be trained in where there is a GPU, and go back.
     """
-    recipe = load(out / "recipe.json", Recipe)
+    recipe = _of_searched(out)
     with locked(out):
         front, e = _of_front(out, number)
         if not recipe.finetune.candidate_epochs:
@@ -100,6 +100,13 @@ def train_candidate(out: Path, number: int, progress: Progress | None = None) ->
         context = Context(recipe, out, progress or Silent(), Given())
         context.space, context.model_folder = front.space, out / "supernet"  # nothing outside a copied run folder is looked for
         return context.folder_of(context.trained(e.candidate))
+
+
+def _of_searched(out: Path) -> Recipe:
+    """The recipe of a run whose search has ended; before the lock, which would make the folder."""
+    if not (out / "front.json").is_file():
+        raise RecordError(f"no front in {out}: its search has not ended, or there is none", hint=f"nascompile search RECIPE --out {out}")
+    return load(out / "recipe.json", Recipe)
 
 
 def _of_front(out: Path, number: int) -> tuple[Front, Evaluation]:

@@ -267,7 +267,9 @@ def load_profile(name: str, profiles: Path | None = None) -> DeviceProfile:
     if name == LOCAL:
         return DeviceProfile(kind=LOCAL, backends=_local_backends(), description="this machine")
     raise UnsupportedError(
-        f"unknown device: {name}", hint=f"known here: {', '.join(names(profiles))}; `nascompile devices --init {name}` writes a profile"
+        f"unknown device: {name}",
+        hint=f"known here: {', '.join(names(profiles))}; `nascompile devices --init {name}` writes a profile of this machine, "
+        f"profiles/{name}.toml can describe another (a board: docs/microcontroller.md)",
     )
 
 

@@ -485,7 +485,7 @@ def test_test_data_cannot_be_read_before_the_choice(copied: None) -> None:
 
 def test_stages_and_engines_that_are_not_there() -> None:
     refused("verify", "nowhere", says="not an engine folder, it has no manifest.json: nowhere", hint="`engines` folder")
-    refused("build", "--out", "nowhere", "--candidate", "1", says="no such file: nowhere/recipe.json", hint="run the stage")
+    refused("build", "--out", "nowhere", "--candidate", "1", says="no front in nowhere", hint="nascompile search RECIPE --out nowhere")
     assert not Path("nowhere").exists()
 
 

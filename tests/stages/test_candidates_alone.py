@@ -159,6 +159,9 @@ def test_the_command_trains_one(run: Path, quick: Recipe, done: list[str]) -> No
     assert refused.exit_code == 1
     assert f"candidates of {run} are not trained by themselves: finetune.candidate_epochs is 0" in refused.stderr
     assert "search again with that" in refused.stderr, "test was not read"
+    front = (run / "front.json").rename(run / "elsewhere.json")
+    assert f"nascompile search RECIPE --out {run}" in said(str(run)).stderr
+    front.rename(run / "front.json")
     pipeline.run(alone(quick), run, until="search")
     done.clear()
     found = json.loads(said(str(run), "--json").stdout)
