@@ -103,18 +103,23 @@ def train_candidate(out: Path, number: int, progress: Progress | None = None) ->
 
 
 def _of_searched(out: Path) -> Recipe:
-    """The recipe of a run whose search has ended; before the lock, which would make the folder."""
-    if not (out / "front.json").is_file():
-        raise RecordError(f"no front in {out}: its search has not ended, or there is none", hint=f"nascompile search RECIPE --out {out}")
-    return load(out / "recipe.json", Recipe)
+    """The recipe of a run; before the lock, which would make the folder."""
+    return load(_needed(out, "recipe.json"), Recipe)
 
 
 def _of_front(out: Path, number: int) -> tuple[Front, Evaluation]:
     """The front of a finished search, and one of its candidates by number."""
-    front = load(out / "front.json", Front)
+    front = load(_needed(out, "front.json"), Front)
     if not 1 <= number <= len(front.evaluations):
         raise RecipeError(f"no such candidate: {number}", hint=f"the front of {out} has 1 to {len(front.evaluations)}")
     return front, front.evaluations[number - 1]
+
+
+def _needed(out: Path, name: str) -> Path:
+    """A file that a run whose search has ended has."""
+    if not (out / name).is_file():
+        raise RecordError(f"no front in {out}: its search has not ended, or there is none", hint=f"nascompile search RECIPE --out {out}")
+    return out / name
 
 
 def explain_search(out: Path, progress: Progress | None = None) -> Explanation:
