@@ -174,12 +174,7 @@ def read_manifest(folder: Path) -> EngineManifest:
     """The manifest of an engine folder; RecordError if there is none or it is damaged."""
     if not (folder / MANIFEST).is_file():
         raise RecordError(f"not an engine folder, it has no {MANIFEST}: {folder}", hint="engines are in the `engines` folder of a run")
-    try:
-        return records.load(folder / MANIFEST, EngineManifest)
-    except RecordError as error:  # no stage writes the manifest of an engine that lies there already
-        if not error.message.startswith("damaged file"):
-            raise
-        raise RecordError(error.message, detail=error.detail, hint="build the engine again") from error
+    return records.load(folder / MANIFEST, EngineManifest, damaged="build the engine again")
 
 
 def read_sample(folder: Path) -> tuple[Arrays, Arrays]:

@@ -681,14 +681,14 @@ def save(record: Record, path: Path) -> None:
     write_atomic(path, msgspec.json.format(encode(body), indent=1))
 
 
-def load(path: Path, kind: type[R]) -> R:
-    """Read a record of one class; RecordError if it is missing, damaged, or of another class or version."""
+def load(path: Path, kind: type[R], damaged: str = "remove it; the stage will write it again") -> R:
+    """Read a record of one class; RecordError if it is missing, damaged (with that hint), or of another class or version."""
     try:
         body = msgspec.json.decode(path.read_bytes())
     except FileNotFoundError as error:
         raise RecordError(f"no such file: {path}", hint="run the stage that writes it first") from error
     except msgspec.DecodeError as error:
-        raise RecordError(f"damaged file: {path}", detail=str(error), hint="remove it; the stage will write it again") from error
+        raise RecordError(f"damaged file: {path}", detail=str(error), hint=damaged) from error
     if not isinstance(body, dict) or body.get("record") != kind.__name__ or body.get("version") != kind.version:
         found = (body.get("record"), body.get("version")) if isinstance(body, dict) else type(body).__name__
         raise RecordError(
@@ -698,4 +698,4 @@ def load(path: Path, kind: type[R]) -> R:
     try:
         return msgspec.convert(body["data"], kind)
     except (KeyError, msgspec.ValidationError) as error:
-        raise RecordError(f"damaged file: {path}", detail=str(error), hint="remove it; the stage will write it again") from error
+        raise RecordError(f"damaged file: {path}", detail=str(error), hint=damaged) from error
